@@ -1,0 +1,5 @@
+"""Masked gradient and optimizer operations: the torch twins of every kernel."""
+
+from . import reference
+
+__all__ = ["reference"]

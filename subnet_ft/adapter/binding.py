@@ -1,0 +1,110 @@
+"""How autograd sees a masked weight: one graph edge from the weight to its compact values.
+
+The owner of a bound parameter (a Linear, an embedding, a norm, ...) gets a class of its own with a
+property under the parameter's name. Read while gradients are on, it gives the same storage as the
+parameter, attached to the compact values; else the parameter itself. No module is wrapped, so state
+dict keys, ``isinstance`` and tied weights stay what they were.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from subnet_ft import ops
+
+if TYPE_CHECKING:
+    from subnet_ft.adapter.layer import SubnetLayer
+
+_SIDECARS = "_subnet_sidecars"  # owner.__dict__: {leaf: SubnetLayer}; a plain dict hides tied uses
+_classes: dict[tuple[type, frozenset[str]], type] = {}
+
+
+class Bind(torch.autograd.Function):
+    """Forward: the weight as it is, no copy. Backward: dense gradient -> compact gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, sidecar: "SubnetLayer", *values: torch.Tensor
+    ) -> torch.Tensor:
+        """Attach ``values`` to ``weight``'s storage.
+
+        Args:
+            ctx: Autograd's context.
+            weight: Any shape; already holds ``values`` at their indices.
+            sidecar: Whose live adapters ``values`` are.
+            *values: (nnz,) float32 each.
+
+        Returns:
+            ``weight.data``: the same storage with a version counter of its own, so that writes into
+            the weight between forward and backward (a reference model's pass) are legal; what
+            autograd then no longer guards, ``sidecar.check_live`` does.
+        """
+        ctx.sidecar, ctx.live = sidecar, sidecar.live
+        return weight.data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gather the dense gradient into one compact gradient per adapter; the dense one is dropped.
+
+        Raises:
+            StaleGraphError: The weight holds other values than when the forward pass used it.
+        """
+        (gradient,) = gradients
+        sidecar: SubnetLayer = ctx.sidecar
+        sidecar.check_live(ctx.live)
+        compact: list[torch.Tensor | None] = []
+        for subnet, needed in zip(sidecar.subnets(ctx.live), ctx.needs_input_grad[2:], strict=True):
+            compact.append(ops.gather(gradient, subnet.indices) if needed else None)
+            if needed and subnet.offmask is not None:
+                subnet.offmask.observe(gradient)
+        return None, None, *compact
+
+
+def bind_owner(owner: nn.Module, leaf: str, sidecar: "SubnetLayer") -> None:
+    """Route reads of ``owner.<leaf>`` through ``sidecar``."""
+    owner.__dict__.setdefault(_SIDECARS, {})[leaf] = sidecar
+    owner.__class__ = _bound_class(_original_class(owner), frozenset(owner.__dict__[_SIDECARS]))
+
+
+def release_owner(owner: nn.Module, leaf: str) -> None:
+    """Undo `bind_owner`; the last release gives the owner its original class back."""
+    original = _original_class(owner)
+    del owner.__dict__[_SIDECARS][leaf]
+    remaining = frozenset(owner.__dict__[_SIDECARS])
+    if remaining:
+        owner.__class__ = _bound_class(original, remaining)
+    else:
+        del owner.__dict__[_SIDECARS]
+        owner.__class__ = original
+
+
+def sidecar_of(owner: nn.Module, leaf: str) -> "SubnetLayer | None":
+    """Return the sidecar bound to ``owner.<leaf>``, if any."""
+    return owner.__dict__.get(_SIDECARS, {}).get(leaf)
+
+
+def _original_class(owner: nn.Module) -> type:
+    return getattr(type(owner), "_subnet_original", type(owner))
+
+
+def _bound_class(original: type, leaves: frozenset[str]) -> type:
+    key = (original, leaves)
+    if key not in _classes:
+        members: dict[str, Any] = {leaf: property(_reader(leaf)) for leaf in leaves}
+        # Prints, error messages and name checks should show the class the user knows.
+        members |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        _classes[key] = type(original.__name__, (original,), members | {"_subnet_original": original})
+    return _classes[key]
+
+
+def _reader(leaf: str) -> Any:
+    def read(owner: nn.Module) -> torch.Tensor:
+        weight = owner._parameters[leaf]
+        assert weight is not None
+        if not torch.is_grad_enabled():
+            return weight
+        sidecar: SubnetLayer = owner.__dict__[_SIDECARS][leaf]
+        return sidecar.bind(weight)
+
+    return read

@@ -1,0 +1,182 @@
+"""Attaching sidecars to a model, and taking them off again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from subnet_ft import ops
+from subnet_ft.adapter.binding import bind_owner, release_owner, sidecar_of
+from subnet_ft.adapter.layer import SubnetLayer, read_entries
+from subnet_ft.codec import checksum
+from subnet_ft.errors import ConfigError, MaskMismatchError, UnsupportedError
+from subnet_ft.names import select_names
+
+_CHILD = "subnet_"  # sidecar of `q_proj.weight`: the child `q_proj.subnet_weight`
+Owners = list[tuple[nn.Module, str]]
+
+
+def base_parameters(root: nn.Module) -> dict[str, Owners]:
+    """Map each base parameter to the places it is used in: (module, leaf) pairs.
+
+    Tied weights come once, under the name ``named_parameters()`` gives; adapters are left out.
+    """
+    places: dict[str, Owners] = {}
+    first: dict[int, str] = {}
+    sidecars = {id(m) for layer in sidecar_layers(root) for m in layer.modules()}
+    for prefix, module in root.named_modules():
+        if id(module) in sidecars:
+            continue
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                name = first.setdefault(id(parameter), f"{prefix}.{leaf}" if prefix else leaf)
+                places.setdefault(name, []).append((module, leaf))
+    return places
+
+
+def sidecar_layers(root: nn.Module) -> Iterator[SubnetLayer]:
+    """Iterate over a model's sidecars."""
+    return (module for module in root.modules() if isinstance(module, SubnetLayer))
+
+
+@dataclass
+class Entries:
+    """One parameter's part of an adapter, checked against the model and ready to attach."""
+
+    name: str
+    owners: Owners
+    indices: torch.Tensor
+    originals: torch.Tensor
+
+
+def plan(
+    root: nn.Module,
+    mask: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    checksums: Mapping[str, str],
+) -> list[Entries]:
+    """Check a mask against a model, touching nothing, and read the base's values at its entries.
+
+    Args:
+        root: The base model.
+        mask: Parameter name -> (nnz,) indices; only names with entries.
+        shapes: Parameter name -> the shape the mask was made for.
+        checksums: Parameter name -> checksum of the base's values at the entries, where known.
+
+    Raises:
+        MaskMismatchError: It is empty, names other parameters, has other shapes, or was taken from
+            a base with other values at its entries (compared in bf16).
+        UnsupportedError: A masked weight cannot be edited in place.
+    """
+    places = base_parameters(root)
+    if not len(mask):
+        raise MaskMismatchError("expected a mask with entries, found an empty one; nothing to train")
+    unknown = [name for name in mask if name not in places]
+    if unknown:
+        raise MaskMismatchError(
+            f"mask of another model: {type(root).__name__} has no parameter {unknown[0]!r}"
+            f"{f' (nor {len(unknown) - 1} more)' if unknown[1:] else ''}; "
+            "extract the mask from this base model"
+        )
+    entries = []
+    for name in mask:
+        module, leaf = places[name][0]
+        weight = module._parameters[leaf]
+        assert weight is not None
+        check_weight(name, weight)
+        if tuple(weight.shape) != tuple(shapes[name]):
+            raise MaskMismatchError(
+                f"{name}: mask was made for shape {tuple(shapes[name])}, weight is "
+                f"{tuple(weight.shape)}; extract the mask from this base model"
+            )
+        indices = mask[name].to(weight.device, ops.INDEX_DTYPE)
+        layer = sidecar_of(module, leaf)
+        originals = layer.read_base(indices) if layer else read_entries(weight.data, indices)
+        expected = checksums.get(name)
+        if expected is not None and (found := checksum(originals)) != expected:
+            raise MaskMismatchError(
+                f"{name}: wrong base model: its values at the mask's entries have checksum {found}, "
+                f"expected {expected}; load the base model the mask was made on"
+            )
+        entries.append(Entries(name, places[name], indices, originals))
+    return entries
+
+
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight that cannot be edited in place.
+
+    Raises:
+        UnsupportedError: It is quantized, float8, on the meta device or not contiguous.
+    """
+    if not weight.is_floating_point():
+        raise UnsupportedError(
+            f"{name}: expected a floating-point weight, found {weight.dtype} "
+            f"({type(weight).__name__}); a quantized base cannot be edited in place, load it in bf16"
+        )
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UnsupportedError(f"{name}: expected fp32, bf16 or fp16, found {weight.dtype}")
+    if weight.is_meta or not weight.is_contiguous():
+        state = "a weight on the meta device" if weight.is_meta else f"strides {weight.stride()}"
+        raise UnsupportedError(f"{name}: expected a loaded, contiguous weight, found {state}")
+
+
+def target_names(
+    root: nn.Module, include: str | list[str] | None, exclude: str | list[str] | None
+) -> list[str]:
+    """Resolve ``include`` / ``exclude`` to names of base parameters.
+
+    Raises:
+        ConfigError: Nothing is left, or a pattern matches nothing.
+    """
+    places = base_parameters(root)
+    names = [
+        name for name, ((module, leaf), *_) in places.items()
+        if module._parameters[leaf].is_floating_point()  # type: ignore[union-attr]
+    ]
+    if include == "all-linear" or include is None:
+        names, include = _linear_weights(root, places), None
+    elif include == "all":
+        include = None
+    selected = select_names(names, include, exclude)
+    if not selected:
+        raise ConfigError(f"include={include!r} exclude={exclude!r}: no parameter is left to train")
+    return selected
+
+
+def _linear_weights(root: nn.Module, places: Mapping[str, Owners]) -> list[str]:
+    """Weights of linear layers, without the output head, as PEFT's "all-linear"."""
+    from transformers.pytorch_utils import Conv1D
+
+    find_head: Callable[[], nn.Module | None] | None = getattr(root, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    return [
+        name
+        for name, owners in places.items()
+        if any(isinstance(m, nn.Linear | Conv1D) and leaf == "weight" for m, leaf in owners)
+        and all(m is not head for m, _ in owners)
+    ]
+
+
+def attach(entries: Entries, adapter: str, *, offmask: bool = False) -> SubnetLayer:
+    """Give an adapter its entries of one parameter, on a sidecar made at the first call."""
+    module, leaf = entries.owners[0]
+    layer = sidecar_of(module, leaf)
+    if layer is None:
+        layer = SubnetLayer(entries.name, entries.owners)
+        module.add_module(_CHILD + leaf, layer)
+        for owner, owner_leaf in entries.owners:
+            bind_owner(owner, owner_leaf, layer)
+    layer.add(adapter, entries.indices, entries.originals, offmask=offmask)
+    return layer
+
+
+def detach(layers: Iterable[SubnetLayer], *, keep_values: bool) -> None:
+    """Take sidecars off; the weights keep the live values or get the originals back."""
+    for layer in list(layers):
+        if not keep_values:
+            layer.enable_adapters(False)
+        for owner, leaf in layer.owners:
+            release_owner(owner, leaf)
+        module, leaf = layer.owners[0]
+        delattr(module, _CHILD + leaf)

@@ -1,0 +1,283 @@
+"""SubnetLayer: the sidecar of one masked parameter, in the shape of a PEFT tuner layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from subnet_ft import ops
+from subnet_ft.adapter.binding import Bind
+from subnet_ft.adapter.clip import OffMaskNorm
+from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedError
+from subnet_ft.codec import checksum
+
+# Every sidecar alive, so that one optimizer hook can find whose values were stepped.
+ALIVE: WeakSet["SubnetLayer"] = WeakSet()
+
+# Which adapters a weight holds, and how often their values were written: what a graph relies on.
+Live = tuple[tuple[str, ...], int]
+
+
+class Subnet(nn.Module):
+    """One adapter's entries of one parameter.
+
+    Args:
+        leaf: Name of the values parameter: ``"bias"`` for biases, so that rules which exempt biases
+            from weight decay by name apply; else ``"weight"``.
+        indices: (nnz,) int64, strictly increasing flat positions.
+        originals: (nnz,) the base's entries, in the weight's dtype.
+        offmask_uses: Give gradient clipping the norm of the dense gradient of a parameter used in
+            this many places; 0: do not.
+    """
+
+    indices: torch.Tensor
+    originals: torch.Tensor
+
+    def __init__(
+        self, leaf: str, indices: torch.Tensor, originals: torch.Tensor, offmask_uses: int = 0
+    ) -> None:
+        super().__init__()
+        self.leaf = leaf
+        # Absolute weights, not deltas: replay is exact, and decay means what it means in full runs.
+        self.register_parameter(leaf, nn.Parameter(originals.float()))
+        # Not persistent: FSDP's loader cannot shard buffers, and the adapter file packs indices.
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("originals", originals, persistent=False)
+        self.base_checksum = checksum(originals)
+        self.offmask = OffMaskNorm(self, offmask_uses) if offmask_uses else None
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The trainable entries, (nnz,) float32."""
+        values = self._parameters[self.leaf]
+        assert values is not None
+        return values
+
+    def extra_repr(self) -> str:
+        """Show the count in a printed model."""
+        return f"nnz={self.indices.numel()}"
+
+
+class SubnetLayer(nn.Module, BaseTunerLayer):
+    """Keeps one parameter of the base equal to its active adapter, entry by entry, in place.
+
+    Args:
+        name: The base parameter's name.
+        owners: (module, leaf) of every place the parameter is used; tied weights have several.
+
+    The weight always holds the originals plus what is live: `sync` makes it so after a change of
+    adapters, `flush` after a change of values. Both write to ``weight.data`` at masked entries only.
+    """
+
+    adapter_layer_names = ("subnet_ft_values",)
+
+    def __init__(self, name: str, owners: Sequence[tuple[nn.Module, str]]) -> None:
+        super().__init__()
+        self.name = name
+        # In a plain tuple: the owner is our parent, and must not become our child.
+        self.__dict__["owners"] = tuple(owners)
+        self.shape = tuple(self.weight.shape)
+        self.subnet_ft_values = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+        self.live: Live = ((), 0)
+        self.register_load_state_dict_post_hook(_flush_after_load)
+        ALIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        ALIVE.add(self)  # a deepcopy does not pass through __init__
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the module that owns the parameter."""
+        return self.owners[0][0]
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The base parameter itself, never bound."""
+        owner, leaf = self.owners[0]
+        return owner._parameters[leaf]
+
+    def subnets(self, live: Live | None = None) -> list[Subnet]:
+        """Return the entries of the adapters in ``live`` (default: those live now)."""
+        return [self.subnet_ft_values[adapter] for adapter in (live or self.live)[0]]  # type: ignore[misc]
+
+    def bind(self, weight: torch.Tensor) -> torch.Tensor:
+        """Attach the live values to ``weight`` for autograd; see `Bind`."""
+        if weight is not self.weight:
+            raise UnsupportedError(
+                f"{self.name}: expected the weight it was tied to, found another one; "
+                "tie or untie embeddings before attaching the adapter"
+            )
+        if tuple(weight.shape) != self.shape:
+            raise MaskMismatchError(
+                f"{self.name}: expected shape {self.shape}, found {tuple(weight.shape)}; "
+                "resize embeddings before attaching the adapter"
+            )
+        values = [subnet.values for subnet in self.subnets()]
+        if not any(v.requires_grad for v in values):
+            return weight
+        return Bind.apply(weight, self, *values)
+
+    def check_live(self, live: Live) -> None:
+        """Raise unless the weight still holds what it held at the forward pass.
+
+        Raises:
+            StaleGraphError: Adapters were switched or values written in between.
+        """
+        if live != self.live:
+            raise StaleGraphError(
+                f"{self.name}: the forward pass used adapters {list(live[0])} (write {live[1]}), "
+                f"backward finds {list(self.live[0])} (write {self.live[1]}); run backward before "
+                "switching adapters or stepping, or switch back"
+            )
+
+    def read_base(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the base's own values at ``indices``, whatever is live.
+
+        Args:
+            indices: (nnz,) int64 on the weight's device.
+
+        Returns:
+            (nnz,) in the weight's dtype.
+        """
+        live = self.live[0]
+        self._write(())
+        entries = read_entries(self.weight.data, indices)
+        self._write(live)
+        return entries
+
+    def add(
+        self, adapter: str, indices: torch.Tensor, originals: torch.Tensor, *, offmask: bool = False
+    ) -> None:
+        """Give ``adapter`` entries of its own, starting at the base's values.
+
+        Args:
+            adapter: Name of the adapter; entries it already has are replaced.
+            indices: (nnz,) int64, strictly increasing flat positions.
+            originals: (nnz,) the base's values there, in the weight's dtype.
+            offmask: Serve ``clip="dense"``.
+        """
+        self._write(())
+        leaf = "bias" if self.owners[0][1] == "bias" else "weight"
+        self.subnet_ft_values[adapter] = Subnet(
+            leaf, indices, originals, len(self.owners) if offmask else 0
+        )
+        self.sync()
+
+    def sync(self) -> None:
+        """Make the weight hold the adapters that should be live now."""
+        if self.disable_adapters:
+            wanted: tuple[str, ...] = ()
+        else:
+            wanted = tuple(self.merged_adapters or self.active_adapters)
+        wanted = tuple(adapter for adapter in wanted if adapter in self.subnet_ft_values)
+        if wanted != self.live[0]:
+            self._write(wanted)
+
+    def flush(self) -> None:
+        """Write the live values into the weight again, after they were changed.
+
+        The optimizer hook and loading do this by themselves; call it after writing values by hand.
+        """
+        self._write(self.live[0])
+        self.live = (self.live[0], self.live[1] + 1)
+
+    def _write(self, adapters: tuple[str, ...]) -> None:
+        weight = self.weight.data
+        if adapters != self.live[0] or len(adapters) > 1:
+            for subnet in self.subnets():
+                ops.scatter_(weight, subnet.indices, subnet.originals)
+        self.live = (adapters, self.live[1])
+        subnets = self.subnets()
+        if len(subnets) == 1:
+            ops.scatter_(weight, subnets[0].indices, subnets[0].values.detach())
+        elif subnets:
+            ops.scatter_(weight, *_compose(weight, subnets))
+
+    # PEFT's verbs, each followed by `sync`.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make the named adapters the active ones."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.sync()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the active adapters and the base's own values."""
+        super().enable_adapters(enabled)
+        self.sync()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter, giving its entries back to the base first."""
+        if adapter_name in self.live[0]:
+            self._write(())
+        super().delete_adapter(adapter_name)
+        self.sync()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Keep the named adapters in the weight until `unmerge`, whichever are active.
+
+        Raises:
+            ValueError: ``safe_merge`` found a value that is not finite.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [name for name in adapter_names if name in self.subnet_ft_values]
+        if safe_merge and not all(
+            subnet.values.isfinite().all()
+            for subnet in self.subnets((tuple(adapter_names), 0))
+        ):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_names} seems to be broken"
+            )
+        self.merged_adapters = self.merged_adapters + adapter_names
+        self.sync()
+
+    def unmerge(self) -> None:
+        """End `merge`: the weight follows the active adapters again."""
+        self.merged_adapters = []
+        self.sync()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        weight = self.weight
+        if fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype != weight.dtype:
+            raise UnsupportedError(
+                f"{self.name}: expected dtype {weight.dtype} to stay, found a cast; "
+                "cast the base model before attaching the adapter"
+            )
+        return super()._apply(fn, recurse)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's version would also cast the values to the weight's dtype.
+        if adapter_name in self.subnet_ft_values:
+            self.subnet_ft_values[adapter_name].to(device or self.weight.device)
+
+    def extra_repr(self) -> str:
+        """Show the parameter in a printed model."""
+        return f"{self.name}, shape={self.shape}"
+
+
+def read_entries(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Gather ``weight.flatten()[indices]`` in the weight's own dtype."""
+    out = torch.empty(indices.numel(), dtype=weight.dtype, device=weight.device)
+    return ops.gather(weight, indices, out)
+
+
+def _flush_after_load(layer: SubnetLayer, incompatible_keys: Any) -> None:
+    layer.flush()
+
+
+def _compose(weight: torch.Tensor, subnets: list[Subnet]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum several adapters: original + sum of (values - original), in fp32, over the union.
+
+    Returns:
+        (indices, values): (nnz_union,) int64 and float32. ``weight`` must hold the originals.
+    """
+    indices, position = torch.cat([s.indices for s in subnets]).unique(return_inverse=True)
+    values = ops.gather(weight, indices)
+    deltas = torch.cat([s.values.detach() - s.originals.float() for s in subnets])
+    return indices, values.index_add_(0, position, deltas)

@@ -1,0 +1,185 @@
+"""SubnetModel: PEFT's tuner for subnetworks."""
+
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import PeftType
+from peft.utils.other import set_additional_trainable_modules
+from peft.utils.peft_types import register_peft_method
+from torch import nn
+
+from subnet_ft.adapter import state, step_hooks
+from subnet_ft.adapter.config import FROM_FILE, SubnetConfig
+from subnet_ft.adapter.inject import (
+    Entries,
+    attach,
+    base_parameters,
+    detach,
+    plan,
+    sidecar_layers,
+    target_names,
+)
+from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.selectors import SELECTORS
+
+
+class SubnetModel(BaseTuner):
+    """Trains chosen entries of a model's weights in place; made by ``peft.get_peft_model``.
+
+    Every masked parameter gets a `SubnetLayer` beside it, inside the module that owns it; the
+    modules themselves are not replaced.
+
+    Args:
+        model: The base model, changed in place.
+        peft_config: Adapter name -> `SubnetConfig`.
+        adapter_name: Which of them to attach first.
+        low_cpu_mem_usage: As in PEFT.
+        state_dict: As in PEFT; not used.
+    """
+
+    prefix = "subnet_ft_"
+    tuner_layer_cls = SubnetLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's attribute)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Attach an adapter's entries; everything is checked before anything is changed.
+
+        Raises:
+            SubnetError: The mask does not fit the model; see `subnet_ft.adapter.inject.plan`.
+        """
+        step_hooks.install()
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        entries = self._entries(model, config)
+        first = not any(True for _ in sidecar_layers(model))
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        for one in entries:
+            attach(one, adapter_name, offmask=config.clip == "dense")
+        self.targeted_parameter_names += [
+            one.name for one in entries if one.name not in self.targeted_parameter_names
+        ]
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=BaseTuner.get_model_config(self),
+            adapter_name=adapter_name,
+            activate_adapter=adapter_name in self.active_adapters,
+        )
+        if not first:  # a further adapter leaves alone what was trained before it
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
+
+    def _entries(self, model: nn.Module, config: SubnetConfig) -> list[Entries]:
+        if config._mask is not None:
+            mask = config._mask
+            if config.include is not None or config.exclude is not None:
+                include = None if config.include == "all" else config.include
+                if include == "all-linear":
+                    include = [n for n in target_names(model, include, None) if n in mask.shapes]
+                mask = mask.filter(include, config.exclude)
+            return plan(model, mask, mask.shapes, mask.checksums)
+        copied = next(
+            (name for name, other in self.peft_config.items() if other is config and any(
+                name in layer.subnet_ft_values for layer in sidecar_layers(model))),
+            None,
+        )
+        if copied is not None:  # a config without a recipe of its own, as TRL's "ref"
+            return [
+                Entries(layer.name, list(layer.owners), subnet.indices, subnet.originals)
+                for layer in sidecar_layers(model)
+                if (subnet := layer.subnet_ft_values[copied]) is not None
+            ]
+        if config.selector == FROM_FILE:
+            return []  # the adapter file, about to be loaded, names its entries
+        places = base_parameters(model)
+        shapes = {}
+        for name in target_names(model, config.include, config.exclude):
+            module, leaf = places[name][0]
+            shapes[name] = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
+        mask = SELECTORS[config.selector](shapes, config.density, config.seed)
+        config._source = dict(mask.metadata)
+        return plan(model, mask, shapes, {})
+
+    def flush(self) -> None:
+        """Write the live values into the weights, after they were changed by hand.
+
+        The optimizer step, loading and switching do this by themselves.
+        """
+        for layer in sidecar_layers(self.model):
+            layer.flush()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; its entries return to the base's values unless another one is live."""
+        super().delete_adapter(adapter_name)
+        detach([layer for layer in sidecar_layers(self.model) if not layer.subnet_ft_values],
+               keep_values=False)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = list(sidecar_layers(self.model))
+        if merge:
+            for layer in layers:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        detach(layers, keep_values=merge)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_merge_allowed(self) -> None:
+        """Tied weights merge exactly: there is one tensor, and it holds the values already."""
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """Tied weights are one parameter here."""
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Values are fp32 already and originals keep the weight's dtype; PEFT would upcast both."""
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("inject_adapter works on parameters and replaces no module")
+
+    # The adapter file; see `subnet_ft.adapter.state`.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SubnetConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        selected = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return state.pack(model, config, adapter_name, selected)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: SubnetConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        state_dict = state.unpack(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+if PeftType.SUBNET_FT not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="subnet_ft", config_cls=SubnetConfig, model_cls=SubnetModel)

@@ -1,0 +1,60 @@
+"""What happens around every optimizer step: check the optimizer before, write the weights after.
+
+Torch calls these for every optimizer in the process, bitsandbytes' included, also through
+accelerate. Version counters would not do: fused optimizers change values without counting.
+"""
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from subnet_ft.adapter.layer import ALIVE, SubnetLayer
+from subnet_ft.errors import UnsupportedError
+
+# Their update of an entry depends on the shape of its weight, which compact values do not have.
+SHAPE_DEPENDENT = ("adafactor", "muon", "lamb", "galore", "apollo", "lomo", "shampoo", "soap")
+
+_installed = False
+
+
+def install() -> None:
+    """Register both hooks, once a process."""
+    global _installed
+    if not _installed:
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
+        _installed = True
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[SubnetLayer]:
+    """Return the sidecars whose live values this optimizer holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [
+        layer for layer in ALIVE if any(id(subnet.values) in held for subnet in layer.subnets())
+    ]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    layers = _stepped(optimizer)
+    if not layers:
+        return
+    name = type(optimizer).__name__.lower()
+    if any(word in name for word in SHAPE_DEPENDENT):
+        raise UnsupportedError(
+            f"expected an elementwise optimizer (AdamW, SGD, Lion, ...), found "
+            f"{type(optimizer).__name__}, whose update depends on the shape of the weight; "
+            "choose another optim"
+        )
+    for layer in layers:
+        for subnet in layer.subnets():
+            if subnet.offmask is not None:
+                subnet.offmask.scalar.grad = None  # clipping has seen it; nothing trains it
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for layer in _stepped(optimizer):
+        layer.flush()
