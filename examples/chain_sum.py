@@ -12,25 +12,36 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Given explicitly because SmolLM2's chat template otherwise adds a longer one to every prompt.
-SYSTEM = {"role": "system", "content": "Answer with a number."}
+SYSTEM = {"role": "system", "content": "You solve sums."}
 OFFSETS = [-10, -2, -1, 1, 2, 10]
+HELD_OUT = 96
 
 Message = dict[str, str]
 Pair = dict[str, list[Message]]
 
 
-def preference_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Returns `count` pairs, no expression twice, as TRL's conversational preference format.
+def training_pairs(count: int) -> list[Pair]:
+    """Returns `count` pairs, none of them held out."""
+    return preference_pairs(HELD_OUT + count)[HELD_OUT:]
 
-    Train and held-out sets are slices of one call. Two calls with neighbouring seeds would
-    overlap, since reasoning-gym seeds item i with `seed + i`.
+
+def heldout_pairs() -> list[Pair]:
+    """Returns the held-out pairs, the same whatever is trained on."""
+    return preference_pairs(HELD_OUT)
+
+
+def preference_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Returns `count` pairs, no expression twice, in TRL's conversational preference format.
+
+    More pairs of a seed begin with the fewer ones. Sets for training and for testing are slices of
+    one call: neighbouring seeds overlap, since reasoning-gym seeds item i with `seed + i`.
 
     Args:
         count: How many pairs.
         seed: Seeds both the expressions and the near misses.
     """
     problems = reasoning_gym.create_dataset(
-        "chain_sum", seed=seed, size=4 * count, min_terms=2, max_terms=3, min_digits=2, max_digits=2
+        "chain_sum", seed=seed, size=4 * count, min_terms=2, max_terms=2, min_digits=1, max_digits=2
     )
     rng = random.Random(seed)
     pairs: dict[str, Pair] = {}
@@ -39,10 +50,13 @@ def preference_pairs(count: int, seed: int = 0) -> list[Pair]:
         if expression in pairs:
             continue
         right = int(problem["answer"])
+        near_miss = right + rng.choice(OFFSETS)
+        # Repeating the expression is what lets a model this small know the sum at all: it prefers
+        # the right one in nine pairs of ten, against half of them where the sum stands alone.
         pairs[expression] = {
-            "prompt": [SYSTEM, {"role": "user", "content": f"{expression} ="}],
-            "chosen": [{"role": "assistant", "content": str(right)}],
-            "rejected": [{"role": "assistant", "content": str(right + rng.choice(OFFSETS))}],
+            "prompt": [SYSTEM, {"role": "user", "content": f"What is {expression}?"}],
+            "chosen": [{"role": "assistant", "content": f"{expression} = {right}"}],
+            "rejected": [{"role": "assistant", "content": f"{expression} = {near_miss}"}],
         }
         if len(pairs) == count:
             return list(pairs.values())
@@ -103,5 +117,4 @@ def _token_ids(
 
 if __name__ == "__main__":
     for pair in preference_pairs(3):
-        prompt, chosen, rejected = pair["prompt"][-1], pair["chosen"][0], pair["rejected"][0]
-        print(f"{prompt['content']} {chosen['content']}, not {rejected['content']}")
+        print(f"{pair['chosen'][0]['content']}, not {pair['rejected'][0]['content']}")

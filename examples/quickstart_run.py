@@ -14,10 +14,11 @@ import resource
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from chain_sum import preference_pairs
+from chain_sum import training_pairs
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -45,7 +46,7 @@ def main() -> None:
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype),
         args=training_arguments(options),
-        train_dataset=Dataset.from_list(preference_pairs(options.steps * BATCH_SIZE, SEED)),
+        train_dataset=Dataset.from_list(training_pairs(options.steps * BATCH_SIZE)),
         processing_class=AutoTokenizer.from_pretrained(options.base),
         peft_config=SubnetConfig(mask=options.mask, clip=options.clip) if options.mask else None,
         callbacks=[clock],
@@ -68,6 +69,7 @@ def main() -> None:
         "optimizer_bytes": optimizer_bytes(trainer.optimizer),
         "checkpoint_bytes": sum(f.stat().st_size for f in options.output.glob("*.safetensors")),
         "seconds_per_step": statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds),
+        "settings": settings(trainer.args, options),
     }
     (options.output / "run.json").write_text(json.dumps(figures, indent=2) + "\n")
     took = time.perf_counter() - started
@@ -108,6 +110,27 @@ def training_arguments(options: argparse.Namespace) -> DPOConfig:
         save_strategy="no",
         report_to="none",
     )
+
+
+def settings(args: DPOConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """What to write beside the figures."""
+    return {
+        "steps": args.max_steps,
+        "batch_pairs": args.per_device_train_batch_size,
+        "learning_rate": args.learning_rate,
+        "schedule": str(args.lr_scheduler_type.value),
+        "optimizer": str(args.optim),
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "beta": args.beta,
+        "seed": args.seed,
+        "weights_dtype": options.dtype,
+        "autocast": "bfloat16",
+        "gradient_norm_for_clipping": options.clip if options.mask else "dense",
+        "reference": "the same model, adapter off" if options.mask else "a second model",
+        "final_loss_is_mean_of_last_steps": FINAL_STEPS,
+        "steps_left_out_of_step_time": WARMUP_STEPS,
+    }
 
 
 class Clock(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -268,7 +269,7 @@ class SubnetMask(Mapping[str, Tensor]):
             indices[name] = edges[:-1] + (draw * width).long()
         return cls(indices, shapes, metadata={"rule": "synthetic", "source": f"seed {seed}"})
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the mask file (layout: `subnet_ft.mask_file`), whole or not at all.
 
         Raises:
@@ -279,7 +280,7 @@ class SubnetMask(Mapping[str, Tensor]):
         save_mask(self, path, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | Path) -> SubnetMask:
+    def load(cls, path: str | os.PathLike[str]) -> SubnetMask:
         """Open a mask file as a lazy view: indices are read when asked for.
 
         Raises:

@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -42,7 +44,7 @@ FORMAT = "subnet_mask"
 VERSION = "1"
 
 
-def save_mask(mask: SubnetMask, path: str | Path, overwrite: bool = False) -> None:
+def save_mask(mask: SubnetMask, path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Write a mask file: whole, or not at all.
 
     Args:
@@ -81,9 +83,9 @@ def file_metadata(
     return {**metadata, **reserved}
 
 
-def header_bound(records: Mapping[str, Any], metadata: Mapping[str, str]) -> int:
+def header_bound(names: Iterable[str], metadata: Mapping[str, str]) -> int:
     """Return room enough for the header of a mask file with these parameters."""
-    return header_bytes((f"{name}.indices" for name in records), metadata)
+    return header_bytes((f"{name}.indices" for name in names), metadata)
 
 
 def storage_order(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -91,7 +93,7 @@ def storage_order(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return sorted(shapes, key=lambda name: math.prod(shapes[name]) < 2**31)
 
 
-def load_mask(path: str | Path) -> SubnetMask:
+def load_mask(path: str | os.PathLike[str]) -> SubnetMask:
     """Open a mask file as a lazy view; only the header is read and validated now.
 
     Args:
@@ -101,11 +103,11 @@ def load_mask(path: str | Path) -> SubnetMask:
         MaskFormatError: names the file and the key that is wrong; raised now for the header, when
             a parameter is asked for for its indices.
     """
-    return open_mask(path, lasting=True)
+    return open_mask(path)
 
 
-def open_mask(path: str | Path, *, lasting: bool) -> SubnetMask:
-    """Do what `load_mask` does; `lasting=False` says that the file may not outlive the mask."""
+def open_mask(path: str | os.PathLike[str], *, temporary: bool = False) -> SubnetMask:
+    """Do what `load_mask` does; a temporary file is deleted with the last mask that reads it."""
     path = Path(path).absolute()
     try:
         with safe_open(path, "pt") as file:
@@ -124,6 +126,8 @@ def open_mask(path: str | Path, *, lasting: bool) -> SubnetMask:
             )
     records = parse_records(str(path), metadata.get("parameters", ""))
     source = _FileIndices(path, records, _stored_keys(path, records, stored))
+    if temporary:
+        weakref.finalize(source, path.unlink, missing_ok=True)
     origin = {k: v for k, v in metadata.items() if k not in ("format", "version", "parameters")}
     return SubnetMask.from_source(
         source,
@@ -132,7 +136,7 @@ def open_mask(path: str | Path, *, lasting: bool) -> SubnetMask:
         checksums={n: r["checksum"] for n, r in records.items() if "checksum" in r},
         metadata=origin,
         changed={n: r["changed"] for n, r in records.items() if "changed" in r},
-        path=path if lasting else None,
+        path=None if temporary else path,
     )
 
 

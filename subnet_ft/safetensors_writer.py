@@ -63,7 +63,9 @@ class SafetensorsWriter:
         ...     writer.add("a", torch.zeros(2))
     """
 
-    def __init__(self, path: str | Path, reserve: int, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], reserve: int, *, overwrite: bool = False
+    ) -> None:
         """Check the target; nothing is written before the block is entered."""
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
@@ -143,7 +145,7 @@ def check_target(path: Path, overwrite: bool = False) -> None:
     if path.is_dir() or (path.exists() and not overwrite):
         raise ConfigError(
             f"{path}: expected a path that does not exist, found one; "
-            "choose another or pass overwrite."
+            "choose another, remove it, or pass overwrite where there is one."
         )
     if not path.absolute().parent.is_dir():
         raise ConfigError(

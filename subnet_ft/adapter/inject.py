@@ -1,6 +1,6 @@
 """Attaching sidecars to a model, and taking them off again."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,7 @@ from subnet_ft import ops
 from subnet_ft.adapter.binding import bind_owner, release_owner, sidecar_of
 from subnet_ft.adapter.layer import SubnetLayer, read_entries
 from subnet_ft.codec import checksum
-from subnet_ft.errors import ConfigError, MaskMismatchError, UnsupportedError
-from subnet_ft.names import select_names
+from subnet_ft.errors import MaskMismatchError, UnsupportedError
 
 _CHILD = "subnet_"  # sidecar of `q_proj.weight`: the child `q_proj.subnet_weight`
 Owners = list[tuple[nn.Module, str]]
@@ -119,43 +118,6 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
     if weight.is_meta or not weight.is_contiguous():
         state = "a weight on the meta device" if weight.is_meta else f"strides {weight.stride()}"
         raise UnsupportedError(f"{name}: expected a loaded, contiguous weight, found {state}")
-
-
-def target_names(
-    root: nn.Module, include: str | list[str] | None, exclude: str | list[str] | None
-) -> list[str]:
-    """Resolve ``include`` / ``exclude`` to names of base parameters.
-
-    Raises:
-        ConfigError: Nothing is left, or a pattern matches nothing.
-    """
-    places = base_parameters(root)
-    names = [
-        name for name, ((module, leaf), *_) in places.items()
-        if module._parameters[leaf].is_floating_point()  # type: ignore[union-attr]
-    ]
-    if include == "all-linear" or include is None:
-        names, include = _linear_weights(root, places), None
-    elif include == "all":
-        include = None
-    selected = select_names(names, include, exclude)
-    if not selected:
-        raise ConfigError(f"include={include!r} exclude={exclude!r}: no parameter is left to train")
-    return selected
-
-
-def _linear_weights(root: nn.Module, places: Mapping[str, Owners]) -> list[str]:
-    """Weights of linear layers, without the output head, as PEFT's "all-linear"."""
-    from transformers.pytorch_utils import Conv1D
-
-    find_head: Callable[[], nn.Module | None] | None = getattr(root, "get_output_embeddings", None)
-    head = find_head() if find_head is not None else None
-    return [
-        name
-        for name, owners in places.items()
-        if any(isinstance(m, nn.Linear | Conv1D) and leaf == "weight" for m, leaf in owners)
-        and all(m is not head for m, _ in owners)
-    ]
 
 
 def attach(entries: Entries, adapter: str, *, offmask: bool = False) -> SubnetLayer:

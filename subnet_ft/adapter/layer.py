@@ -42,7 +42,7 @@ class Subnet(nn.Module):
         super().__init__()
         self.leaf = leaf
         # Absolute weights, not deltas: replay is exact, and decay means what it means in full runs.
-        self.register_parameter(leaf, nn.Parameter(originals.float()))
+        self.register_parameter(leaf, nn.Parameter(originals.to(torch.float32, copy=True)))
         # Not persistent: FSDP's loader cannot shard buffers, and the adapter file packs indices.
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("originals", originals, persistent=False)
@@ -104,6 +104,10 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     def subnets(self, live: Live | None = None) -> list[Subnet]:
         """Return the entries of the adapters in ``live`` (default: those live now)."""
         return [self.subnet_ft_values[adapter] for adapter in (live or self.live)[0]]  # type: ignore[misc]
+
+    def subnet(self, adapter: str) -> Subnet | None:
+        """Return an adapter's entries, None where it has none here."""
+        return self.subnet_ft_values[adapter] if adapter in self.subnet_ft_values else None  # type: ignore[return-value]
 
     def bind(self, weight: torch.Tensor) -> torch.Tensor:
         """Attach the live values to ``weight`` for autograd; see `Bind`."""

@@ -12,16 +12,10 @@ from torch import nn
 
 from subnet_ft.adapter import state, step_hooks
 from subnet_ft.adapter.config import FROM_FILE, SubnetConfig
-from subnet_ft.adapter.inject import (
-    Entries,
-    attach,
-    base_parameters,
-    detach,
-    plan,
-    sidecar_layers,
-    target_names,
-)
+from subnet_ft.adapter.inject import Entries, attach, detach, plan, sidecar_layers
+
 from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.targets import filter_mask, target_shapes
 from subnet_ft.selectors import SELECTORS
 
 
@@ -81,35 +75,27 @@ class SubnetModel(BaseTuner):
                 parameter.requires_grad = requires_grad
 
     def _entries(self, model: nn.Module, config: SubnetConfig) -> list[Entries]:
-        if config._mask is not None:
-            mask = config._mask
-            if config.include is not None or config.exclude is not None:
-                include = None if config.include == "all" else config.include
-                if include == "all-linear":
-                    include = [n for n in target_names(model, include, None) if n in mask.shapes]
-                mask = mask.filter(include, config.exclude)
-            return plan(model, mask, mask.shapes, mask.checksums)
-        copied = next(
-            (name for name, other in self.peft_config.items() if other is config and any(
-                name in layer.subnet_ft_values for layer in sidecar_layers(model))),
-            None,
-        )
-        if copied is not None:  # a config without a recipe of its own, as TRL's "ref"
+        """Find an adapter's entries: another adapter's, the mask's, a selector's or none yet."""
+        copied = self._same_recipe(model, config)
+        if copied is not None:  # as TRL's "ref": same entries, nothing to read or draw again
             return [
                 Entries(layer.name, list(layer.owners), subnet.indices, subnet.originals)
                 for layer in sidecar_layers(model)
-                if (subnet := layer.subnet_ft_values[copied]) is not None
+                if (subnet := layer.subnet(copied)) is not None
             ]
+        if config._mask is not None:
+            mask = filter_mask(model, config._mask, config.include, config.exclude)
+            return plan(model, mask, mask.shapes, mask.checksums)
         if config.selector == FROM_FILE:
             return []  # the adapter file, about to be loaded, names its entries
-        places = base_parameters(model)
-        shapes = {}
-        for name in target_names(model, config.include, config.exclude):
-            module, leaf = places[name][0]
-            shapes[name] = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
+        shapes = target_shapes(model, config.include, config.exclude)
         mask = SELECTORS[config.selector](shapes, config.density, config.seed)
         config._source = dict(mask.metadata)
         return plan(model, mask, shapes, {})
+
+    def _same_recipe(self, model: nn.Module, config: SubnetConfig) -> str | None:
+        attached = {name for layer in sidecar_layers(model) for name in layer.subnet_ft_values}
+        return next((n for n in attached if self.peft_config.get(n) is config), None)
 
     def flush(self) -> None:
         """Write the live values into the weights, after they were changed by hand.

@@ -1,0 +1,66 @@
+"""Which parameters ``include`` and ``exclude`` mean on a given model."""
+
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from subnet_ft.adapter.inject import base_parameters
+from subnet_ft.mask import SubnetMask
+from subnet_ft.names import Patterns, select_names
+
+
+def target_shapes(
+    root: nn.Module, include: Patterns, exclude: Patterns
+) -> dict[str, tuple[int, ...]]:
+    """Resolve ``include`` / ``exclude`` to base parameters.
+
+    Args:
+        root: The base model.
+        include: Patterns of names, ``"all"``, or ``"all-linear"`` (also when None).
+        exclude: Patterns of names to leave out.
+
+    Returns:
+        Name -> shape of every floating-point parameter meant.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or nothing is left.
+    """
+    linear, everything = _names(root)
+    if include in (None, "all-linear"):
+        names = select_names(linear, None, exclude)
+    else:
+        names = select_names(everything, None if include == "all" else include, exclude)
+    return {name: everything[name] for name in names}
+
+
+def filter_mask(
+    root: nn.Module, mask: SubnetMask, include: Patterns, exclude: Patterns
+) -> SubnetMask:
+    """Keep the part of a mask that ``include`` / ``exclude`` mean; all of it by default.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or nothing is left.
+    """
+    if include == "all-linear":
+        include = [re.escape(name) for name in _names(root)[0] if name in mask.shapes]
+    elif include == "all":
+        include = None
+    return mask if include is None and exclude is None else mask.filter(include, exclude)
+
+
+def _names(root: nn.Module) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    """Weights of linear layers without the output head (PEFT's "all-linear"), and everything."""
+    find_head = getattr(root, "get_output_embeddings", lambda: None)
+    head = find_head()
+    linear, everything = [], {}
+    for name, owners in base_parameters(root).items():
+        module, leaf = owners[0]
+        weight = module._parameters[leaf]
+        if weight is None or not weight.is_floating_point():
+            continue
+        everything[name] = tuple(weight.shape)
+        is_linear = any(isinstance(m, nn.Linear | Conv1D) and lf == "weight" for m, lf in owners)
+        if is_linear and all(m is not head for m, _ in owners):
+            linear.append(name)
+    return linear, everything

@@ -1,0 +1,1 @@
+"""Numbers about masks and runs."""

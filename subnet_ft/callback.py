@@ -1,0 +1,183 @@
+"""SubnetCallback: a subnetwork in any ``transformers.Trainer`` script, by one line."""
+
+import logging
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from subnet_ft.adapter import SubnetConfig, SubnetModel
+from subnet_ft.adapter.drift import drifted, off_mask_sums
+from subnet_ft.adapter.inject import sidecar_layers
+from subnet_ft.errors import ConfigError
+from subnet_ft.mask import SubnetMask
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "default"
+
+
+class SubnetCallback(TrainerCallback):
+    """Turns full finetuning into subnetwork finetuning: ``Trainer(..., callbacks=[this])``.
+
+    The model is masked when the Trainer is made, before it builds its optimizer. Checkpoints hold
+    the adapter (``adapter_model.safetensors``, loadable with PEFT) and resume by
+    ``trainer.train(resume_from_checkpoint=...)``, for which they also hold a ``model.safetensors``
+    of the trained values alone, the file the Trainer looks for. Logs gain ``subnet_density`` and, at
+    each save and at the end, ``subnet_drifted_tensors``: how many weights moved outside the mask,
+    which must be 0.
+
+    Use a PeftModel (``peft_config=SubnetConfig(...)``) instead where the trainer treats adapters
+    specially: DPO, KTO, GRPO with a reference model (a PeftModel needs no second model, with a
+    callback TRL loads one), weight sync to vLLM, and quantized bases.
+
+    Args:
+        mask: A mask, the path of a mask file, or a `SubnetConfig` for anything beyond a mask.
+        save_merged: Directory for the full finetuned model, an ordinary Hugging Face one, written
+            when training ends.
+
+    Example:
+        >>> Trainer(model, args, callbacks=[SubnetCallback("mask.safetensors")])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        mask: SubnetMask | SubnetConfig | str | PathLike[str],
+        *,
+        save_merged: str | PathLike[str] | None = None,
+    ) -> None:
+        self.config = mask if isinstance(mask, SubnetConfig) else SubnetConfig(mask=mask)
+        self.save_merged = None if save_merged is None else Path(save_merged)
+        if self.save_merged is not None and self.save_merged.exists():
+            raise ConfigError(
+                f"save_merged: expected a new directory, found {self.save_merged}; "
+                "move it or choose another"
+            )
+        self.density = 0.0
+        self._sums: dict[str, int] = {}
+        self._drift: int | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach the subnetwork to the Trainer's model.
+
+        Raises:
+            ConfigError: The model is a PeftModel or already has an adapter, or an optimizer was
+                built before the callback could run.
+        """
+        model: nn.Module = kwargs["model"]
+        if hasattr(model, "peft_config"):
+            raise ConfigError(
+                "SubnetCallback: expected a plain model, found one with an adapter; use either the "
+                "callback or peft_config=SubnetConfig(...)"
+            )
+        if kwargs.get("optimizer") is not None:
+            raise ConfigError(
+                "SubnetCallback: expected the Trainer to build its optimizer, found optimizers=(...) "
+                "made for the dense parameters; choose it by args.optim or optimizer_cls_and_kwargs"
+            )
+        if self.config.base_model_name_or_path is None:
+            self.config.base_model_name_or_path = getattr(model, "name_or_path", None)
+        SubnetModel(model, {ADAPTER: self.config}, ADAPTER)
+        # transformers' own mark of an injected adapter: save_pretrained then writes the adapter.
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+        layers = list(sidecar_layers(model))
+        nnz = sum(s.indices.numel() for layer in layers for s in layer.subnets())
+        self.density = nnz / sum(p.numel() for p in _base_parameters(model))
+        logger.info("subnetwork: %d of the model's weights train, density %.4f", nnz, self.density)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the optimizer trains the subnetwork, and note the weights outside it.
+
+        Raises:
+            ConfigError: The optimizer does not hold the subnetwork's values.
+        """
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        values = [s.values for layer in sidecar_layers(model) for s in layer.subnets()]
+        if not values or not all(id(v) in held for v in values):
+            raise ConfigError(
+                "SubnetCallback: expected an optimizer over the subnetwork's values, found one made "
+                "before they existed; pass the callback to the Trainer's constructor and no "
+                "optimizers="
+            )
+        self._sums = off_mask_sums(model)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Complete the checkpoint for resuming, and check for drift."""
+        model = kwargs["model"]
+        self._check_drift(model)
+        if args.should_save:
+            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            values = {k: v for k, v in model.state_dict().items() if SubnetModel.prefix in k}
+            part = directory / f"{SAFE_WEIGHTS_NAME}.part"
+            save_file({k: v.contiguous() for k, v in values.items()}, part, {"format": "pt"})
+            os.replace(part, directory / SAFE_WEIGHTS_NAME)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add density and drift to the logs."""
+        extra: dict[str, float] = {"subnet_density": self.density}
+        if self._drift is not None:
+            extra["subnet_drifted_tensors"] = self._drift
+        for logs in (kwargs.get("logs"), state.log_history[-1] if state.log_history else None):
+            if logs is not None:
+                logs.update(extra)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check for drift and write the merged model if asked to."""
+        model = kwargs["model"]
+        self._check_drift(model)
+        if self.save_merged is not None and args.should_save:
+            save_merged_model(model, self.save_merged, kwargs.get("processing_class"))
+
+    def _check_drift(self, model: nn.Module) -> None:
+        moved = drifted(self._sums, off_mask_sums(model))
+        self._drift = len(moved)
+        if moved:
+            logger.warning(
+                "weights outside the mask moved in %d tensors, first %s; something else writes them",
+                len(moved),
+                moved[0],
+            )
+
+
+def save_merged_model(model: PreTrainedModel, directory: Path, processor: Any = None) -> None:
+    """Write the model with its live values as an ordinary Hugging Face model directory.
+
+    Args:
+        model: A model with an injected adapter; not changed.
+        directory: Where to; made under a temporary name first.
+        processor: Tokenizer or processor to save beside it.
+    """
+    part = directory.with_name(f".{directory.name}.part")
+    state = {k: v for k, v in model.state_dict().items() if SubnetModel.prefix not in k}
+    marked = model._hf_peft_config_loaded
+    model._hf_peft_config_loaded = False  # else save_pretrained writes the adapter alone
+    try:
+        model.save_pretrained(part, state_dict=state)
+    finally:
+        model._hf_peft_config_loaded = marked
+    if processor is not None:
+        processor.save_pretrained(part)
+    part.rename(directory)
+
+
+def _base_parameters(model: nn.Module) -> list[torch.Tensor]:
+    ours = {id(p) for layer in sidecar_layers(model) for p in layer.parameters()}
+    return [p for p in model.parameters() if id(p) not in ours and p.is_floating_point()]

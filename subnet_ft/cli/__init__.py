@@ -1,0 +1,1 @@
+"""The `subnet-ft` command: one file a subcommand, no logic of its own."""
