@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ import torch
 from chain_sum import completion_logprobs, heldout_pairs
 from rich.console import Console
 from rich.table import Table
-from smollm2 import model_directory
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import HUB_ID, model_directory
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+import subnet_ft
 from subnet_ft import SubnetMask, extract_mask
 from subnet_ft.analysis.agreement import measure_agreement
 from subnet_ft.analysis.nulls import measure_nulls
@@ -126,9 +129,10 @@ def summarize(base: Path, output: Path, mask: SubnetMask) -> dict[str, Any]:
     final = {"base": base, **{name: output / name / "final" for name in RUNS}}
     checkpoints = {name: open_checkpoint(directory) for name, directory in final.items()}
     before, after = checkpoints["base"], checkpoints["full"]
-    logprobs = {name: heldout_logprobs(directory) for name, directory in final.items()}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    logprobs = {name: heldout_logprobs(name, final[name], tokenizer) for name in final}
 
-    summary: dict[str, Any] = {"density": mask.density, "trained_in_mask": mask.nnz}
+    summary: dict[str, Any] = {"density": mask.density, "mask_weights": mask.nnz}
     for name in final:
         run = runs.get(name, {})
         summary[name] = {
@@ -142,7 +146,8 @@ def summarize(base: Path, output: Path, mask: SubnetMask) -> dict[str, Any]:
     summary["density_by_layer"] = density_by(mask, layer_of)
     summary["density_by_matrix_type"] = density_by(mask, matrix_type_of)
     summary["settings"] = {
-        "base_model": base.name,
+        "base_model": HUB_ID,
+        "base_directory": base.name,
         "heldout_pairs": len(heldout_pairs()),
         "random_mask_seed": RANDOM_MASK_SEED,
         "null_seed": NULL_SEED,
@@ -152,15 +157,16 @@ def summarize(base: Path, output: Path, mask: SubnetMask) -> dict[str, Any]:
     return summary
 
 
-def heldout_logprobs(directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def heldout_logprobs(
+    name: str, directory: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns log p of the chosen and of the rejected held-out answers under bf16 weights.
 
     The weights are bf16 for every run alike; the arithmetic is fp32, so that differences of
     log-probabilities are the weights' and not rounding's.
     """
-    console.print(f"  held-out log-probabilities of {directory} ...")
+    console.print(f"  {name}: held-out pairs")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     chosen, rejected = (
         completion_logprobs(model, tokenizer, heldout_pairs(), side)
         for side in ("chosen", "rejected")
@@ -187,7 +193,7 @@ def heldout_figures(
     }
 
 
-def density_by(mask: SubnetMask, group_of: Any) -> dict[str, float]:
+def density_by(mask: SubnetMask, group_of: Callable[[str], str]) -> dict[str, float]:
     """Returns the density of groups of parameters, each weight counting once."""
     kept: dict[str, int] = {}
     total: dict[str, int] = {}
@@ -211,7 +217,7 @@ def matrix_type_of(name: str) -> str:
 
 def environment() -> dict[str, Any]:
     """Returns what the figures were measured on."""
-    packages = ["subnet-ft", "torch", "transformers", "trl", "peft", "reasoning-gym"]
+    packages = ["torch", "transformers", "trl", "peft", "reasoning-gym"]
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -219,7 +225,10 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {
+            "subnet-ft": subnet_ft.__version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
     }
 
 
@@ -292,4 +301,5 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     main()

@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from subnet_ft.adapter import SubnetConfig, SubnetModel
 from subnet_ft.adapter.drift import drifted, off_mask_sums
 from subnet_ft.adapter.inject import sidecar_layers
+from subnet_ft.adapter.layer import MASK_ID, Subnet
 from subnet_ft.errors import ConfigError
 from subnet_ft.mask import SubnetMask
 
@@ -89,6 +90,7 @@ class SubnetCallback(TrainerCallback):
         SubnetModel(model, {ADAPTER: self.config}, ADAPTER)
         # transformers' own mark of an injected adapter: save_pretrained then writes the adapter.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
+        model.register_load_state_dict_post_hook(_expect_values_only)
         layers = list(sidecar_layers(model))
         nnz = sum(s.indices.numel() for layer in layers for s in layer.subnets())
         self.density = nnz / sum(p.numel() for p in _base_parameters(model))
@@ -121,9 +123,8 @@ class SubnetCallback(TrainerCallback):
         self._check_drift(model)
         if args.should_save:
             directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            values = {k: v for k, v in model.state_dict().items() if SubnetModel.prefix in k}
             part = directory / f"{SAFE_WEIGHTS_NAME}.part"
-            save_file({k: v.contiguous() for k, v in values.items()}, part, {"format": "pt"})
+            save_file(_values(model), part, {"format": "pt"})
             os.replace(part, directory / SAFE_WEIGHTS_NAME)
 
     def on_log(
@@ -176,6 +177,20 @@ def save_merged_model(model: PreTrainedModel, directory: Path, processor: Any = 
     if processor is not None:
         processor.save_pretrained(part)
     part.rename(directory)
+
+
+def _expect_values_only(model: nn.Module, keys: Any) -> None:
+    """A checkpoint leaves the base's own weights out on purpose: no warning about them."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if SubnetModel.prefix in key]
+
+
+def _values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Collect what a plain ``load_state_dict`` needs, and the mask's identity to check it by."""
+    values = {k: v for k, v in model.state_dict().items() if SubnetModel.prefix in k}
+    for name, module in model.named_modules():
+        if isinstance(module, Subnet):
+            values[f"{name}.{MASK_ID}"] = module.mask_id()
+    return values
 
 
 def _base_parameters(model: nn.Module) -> list[torch.Tensor]:

@@ -272,25 +272,29 @@ def _aliases(
     locations: Mapping[str, TensorFile],
     config: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Map tied weights to the parameter that `named_parameters()` gives: the embedding."""
+    """Map tied weights to the parameter that `named_parameters()` gives: the first of them."""
     text_config = config.get("text_config")
     nested = text_config if isinstance(text_config, Mapping) else {}
     tied = config.get("tie_word_embeddings", nested.get("tie_word_embeddings"))
-    heads = [key for key in parameters if key.split(".")[-2:] == ["lm_head", "weight"]]
-    aliases = {}
-    for head in heads or (["lm_head.weight"] if tied else []):
-        for name in parameters:
-            if not name.endswith(_EMBEDDINGS) or name == head:
-                continue
-            if head not in parameters or (
-                parameters[head].shape == parameters[name].shape
-                and (tied or _share_storage(locations, head, name))
-            ):
-                aliases[head] = name
-                break
+    aliases: dict[str, str] = {}
+    if tied is not False:
+        # A `.bin` file knows: what is tied shares its storage.
+        owners: dict[tuple[TensorFile, int, tuple[int, ...]], str] = {}
+        for key, info in parameters.items():
+            file = locations[key]
+            if isinstance(file, BinFile):
+                owner = owners.setdefault((file, file.storage(key), info.shape), key)
+                if owner != key:
+                    aliases[key] = owner
+    if tied:
+        embedding = next((key for key in parameters if _last_two(key) in _EMBEDDINGS), None)
+        heads = [key for key in parameters if _last_two(key) == "lm_head.weight"]
+        for head in heads or ["lm_head.weight"]:
+            shape = parameters[head].shape if heads else None
+            if embedding and shape in (None, parameters[embedding].shape):
+                aliases[head] = embedding
     return aliases
 
 
-def _share_storage(locations: Mapping[str, TensorFile], a: str, b: str) -> bool:
-    file = locations[a]
-    return isinstance(file, BinFile) and file is locations[b] and file.storage(a) == file.storage(b)
+def _last_two(key: str) -> str:
+    return ".".join(key.split(".")[-2:])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from subnet_ft.errors import MaskFormatError
 from subnet_ft.indices import check_indices, index_dtype
+from subnet_ft.safetensors_writer import tensor_bytes
 
 KINDS = ("indices", "bitmap")
 
@@ -31,8 +32,7 @@ class Checksum:
 
     def update(self, values: Tensor) -> None:
         """Add values: any shape, any floating dtype, in row-major order."""
-        flat = values.detach().cpu().to(torch.bfloat16).contiguous().view(-1)
-        self._hash.update(flat.view(torch.uint8).numpy().data)
+        self._hash.update(tensor_bytes(values.detach().cpu().to(torch.bfloat16)))
 
     def hexdigest(self) -> str:
         """Return 16 hex digits."""

@@ -44,6 +44,8 @@ def header_bytes(keys: Iterable[str], metadata: Mapping[str, str]) -> int:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without copying them."""
+    if not tensor.numel():  # no view as bytes exists
+        return memoryview(b"")
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 

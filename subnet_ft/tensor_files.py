@@ -150,8 +150,8 @@ class BinFile:
         }
 
     def storage(self, key: str) -> int:
-        """Return what two tensors share when one is the other's alias."""
-        return self._loaded[key].untyped_storage().data_ptr()
+        """Return where a tensor begins in memory: the same for tensors that are tied."""
+        return self._loaded[key].data_ptr()
 
     def read(self, key: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop); see `TensorFile.read`."""

@@ -8,6 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from subnet_ft.checkpoints import Checkpoint, open_checkpoint
+from subnet_ft.errors import (
+    CheckpointError,
+    MaskFormatError,
+    MaskMismatchError,
+    SubnetError,
+    UnsupportedError,
+)
 from tests.checkpoint_helpers import (
     FORMS,
     save_bin,
@@ -18,21 +26,15 @@ from tests.checkpoint_helpers import (
     save_with_tied_head,
     tiny_llama,
 )
-from subnet_ft.checkpoints import Checkpoint, open_checkpoint
-from subnet_ft.errors import (
-    CheckpointError,
-    MaskFormatError,
-    MaskMismatchError,
-    SubnetError,
-    UnsupportedError,
-)
 
 
 def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Read every parameter in slices of a size that divides nothing."""
     tensors = {}
     for name, info in checkpoint.tensors.items():
-        parts = [checkpoint.read(name, i, min(i + 37, info.numel)) for i in range(0, info.numel, 37)]
+        parts = [
+            checkpoint.read(name, i, min(i + 37, info.numel)) for i in range(0, info.numel, 37)
+        ]
         tensors[name] = torch.cat(parts).view(info.shape)
     return tensors
 
@@ -68,6 +70,13 @@ def test_tied_in_text_config_and_by_storage(tmp_path: Path):
     shared = {"transformer.wte.weight": weight, "lm_head.weight": weight}
     torch.save(shared, tmp_path / "c" / "pytorch_model.bin")
     assert set(open_checkpoint(tmp_path / "c").tensors) == {"transformer.wte.weight"}
+    (tmp_path / "d").mkdir()
+    three = {"shared.weight": weight, "encoder.weight": weight, "decoder.weight": weight}
+    torch.save(three, tmp_path / "d" / "pytorch_model.bin")
+    assert open_checkpoint(tmp_path / "d").aliases == {
+        "encoder.weight": "shared.weight",
+        "decoder.weight": "shared.weight",
+    }
 
 
 def test_reads_into_the_given_memory(tmp_path: Path):
@@ -94,8 +103,7 @@ def broken(kind: str, folder: Path) -> Path:
         return folder
     if kind in ("missing shard", "truncated shard", "foreign shard", "index disagrees"):
         save_sharded(model, folder)
-        shard = folder / "model-00002-of-"
-        shard = next(folder.glob(f"{shard.name}*"))
+        shard = next(folder.glob("model-00002-of-*"))
         index = folder / "model.safetensors.index.json"
         content = json.loads(index.read_text())
         if kind == "missing shard":
@@ -282,7 +290,7 @@ def test_subnet_overlay_over_an_edited_base(weights: dict[str, torch.Tensor], tm
     edited["model.up.weight"].view(-1)[covered] += 1
     base = save_weights(tmp_path / "base", edited)
     overlay = open_checkpoint(adapter, base=base)
-    with pytest.raises(MaskMismatchError, match="model.up.weight: .*other base values"):
+    with pytest.raises(MaskMismatchError, match=r"model.up.weight: .*other base values"):
         overlay.read("model.up.weight", 0, 8)
     other = save_weights(tmp_path / "other", {"model.up.weight": torch.ones(3)})
     with pytest.raises(MaskMismatchError, match="made for shape"):
@@ -312,7 +320,7 @@ def test_adapter_beside_model_weights_wins(weights: dict[str, torch.Tensor], tmp
 
 def test_hub_ids_that_cannot_be_had(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CheckpointError, match="^nobody/nothing: .*check the name and the network"):
+    with pytest.raises(CheckpointError, match=r"^nobody/nothing: .*check the name and the network"):
         open_checkpoint("nobody/nothing")
 
 

@@ -5,6 +5,13 @@ import peft
 import pytest
 import torch
 
+from subnet_ft.analysis.density import overall_density
+from subnet_ft.checkpoints import open_checkpoint
+from subnet_ft.errors import CheckpointError, ConfigError, MaskMismatchError
+from subnet_ft.extract import extract_mask
+from subnet_ft.mask import SubnetMask
+from subnet_ft.mask_file import checksum
+from subnet_ft.rules import Rule, comparison_dtype
 from tests.checkpoint_helpers import (
     FORMS,
     paper_counts,
@@ -14,13 +21,6 @@ from tests.checkpoint_helpers import (
     tiny_llama,
     tuned_from,
 )
-from subnet_ft.analysis.density import overall_density
-from subnet_ft.checkpoints import open_checkpoint
-from subnet_ft.errors import CheckpointError, ConfigError, MaskMismatchError
-from subnet_ft.extract import extract_mask
-from subnet_ft.mask import SubnetMask
-from subnet_ft.mask_file import checksum
-from subnet_ft.rules import Rule, comparison_dtype
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -48,8 +48,9 @@ def test_indices_and_checksums_are_those_of_the_weights(tmp_path: Path):
     others = dict(tuned.named_parameters())
     for name, parameter in base.named_parameters():
         changed = (parameter.bfloat16() != others[name].bfloat16()).view(-1).nonzero().view(-1)
-        assert torch.equal(mask[name].long(), changed)
-        assert mask.checksums[name] == checksum(parameter.view(-1)[changed])
+        assert torch.equal(mask[name].long() if name in mask else torch.tensor([]).long(), changed)
+        if len(changed):
+            assert mask.checksums[name] == checksum(parameter.view(-1)[changed])
 
 
 def test_forms_may_differ_between_the_sides(tmp_path: Path):
@@ -137,7 +138,7 @@ def test_values_that_are_not_finite(side: str, value: float, output, tmp_path: P
     for name in ("base", "tuned"):
         mine = {key: weight + (name == "tuned") for key, weight in weights.items()}
         if side in (name, "both"):
-            mine["b.weight"][33] = value if name == "base" or side != "both" else value
+            mine["b.weight"][33] = value
         save_weights(tmp_path / name, mine)
     where = {"output": tmp_path / output} if output else {}
     if side == "both" and value == math.inf:
@@ -212,7 +213,7 @@ def test_output_rules(tmp_path: Path):
 
 def test_identical_checkpoints(tmp_path: Path):
     path = save_directory(tiny_llama(), tmp_path / "base")
-    with pytest.raises(MaskMismatchError, match="none of .* weights changed"):
+    with pytest.raises(MaskMismatchError, match=r"none of .* weights changed"):
         extract_mask(path, path, output=tmp_path / "mask")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

@@ -13,7 +13,7 @@ SHAPES = {"a.weight": (4, 8), "b.weight": (6,), "c.bias": (3,)}
 def mask(**indices: list[int]) -> SubnetMask:
     names = {"a": "a.weight", "b": "b.weight", "c": "c.bias"}
     tensors = {names[key]: torch.tensor(value) for key, value in indices.items()}
-    return SubnetMask(tensors, SHAPES, checksums={name: "0" * 16 for name in tensors})
+    return SubnetMask(tensors, SHAPES, checksums=dict.fromkeys(tensors, "0" * 16))
 
 
 def test_density_counts_parameters_without_an_index():
@@ -50,7 +50,7 @@ def test_wrong_indices_name_the_parameter(indices, message):
 
 
 def test_indices_without_a_shape():
-    with pytest.raises(MaskFormatError, match="^z: "):
+    with pytest.raises(MaskFormatError, match=r"^z: "):
         SubnetMask({"z": torch.tensor([0])}, SHAPES)
 
 

@@ -69,8 +69,20 @@ def test_loading_reads_no_indices(mask: SubnetMask, tmp_path: Path, monkeypatch)
     path.unlink()
     assert loaded.counts == mask.counts and loaded.density == mask.density
     assert "dense" in loaded and len(small) < 400
-    with pytest.raises(MaskFormatError, match="dense.bitmap"):
+    with pytest.raises(MaskFormatError, match=r"dense.bitmap"):
         loaded["dense"]
+
+
+def test_wide_indices_stay_aligned(tmp_path: Path):
+    shapes = {"small": (5,), "wide": (2, 2**31)}
+    mask = SubnetMask({"small": torch.tensor([1]), "wide": torch.tensor([2**31])}, shapes)
+    path = tmp_path / "mask.safetensors"
+    mask.save(path)
+    assert SubnetMask.load(path) == mask and list(SubnetMask.load(path)) == ["small", "wide"]
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entry = json.loads(data[8 : 8 + length])["wide.indices"]
+    assert entry["dtype"] == "I64" and (8 + length + entry["data_offsets"][0]) % 8 == 0
 
 
 @pytest.mark.parametrize("numel", [1, 8, 63, 64, 65, 1000])

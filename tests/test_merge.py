@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.checkpoint_helpers import FORMS, save_directory, save_subnet_adapter, tiny_llama
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.errors import ConfigError, MaskMismatchError
 from subnet_ft.merge import merge_checkpoint
+from tests.checkpoint_helpers import FORMS, save_directory, save_subnet_adapter, tiny_llama
 
 
 def parameters(model) -> dict[str, torch.Tensor]:
@@ -73,7 +73,9 @@ def test_files_are_the_bases_own(tmp_path: Path):
     names = {path.name for path in base.iterdir()} - left_behind
     assert {path.name for path in (tmp_path / "merged").iterdir()} == names
     index = "model.safetensors.index.json"
-    maps = [json.loads((tmp_path / s / index).read_text())["weight_map"] for s in ("base", "merged")]
+    maps = [
+        json.loads((tmp_path / s / index).read_text())["weight_map"] for s in ("base", "merged")
+    ]
     assert maps[0] == maps[1]
 
 

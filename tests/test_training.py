@@ -48,7 +48,10 @@ def test_density_one_is_full_finetuning(optim: str, tmp_path: Path) -> None:
     def run(config: SubnetConfig | None) -> tuple[dict[str, torch.Tensor], list[float]]:
         args = arguments(tmp_path, SFTConfig, optim=optim, gradient_accumulation_steps=2)
         trainer = SFTTrainer(
-            tiny_llama(), args, train_dataset=text_dataset(), processing_class=tiny_tokenizer(),
+            tiny_llama(),
+            args,
+            train_dataset=text_dataset(),
+            processing_class=tiny_tokenizer(),
             peft_config=config,
         )
         trainer.train()
@@ -108,8 +111,9 @@ def test_fused_adamw_depends_on_position() -> None:
             optimizer.step()
         return parameter.detach()
 
-    assert not torch.equal(stepped(slice(0, 67))[64:], stepped(slice(64, 67)))\
-        or not torch.equal(stepped(slice(0, 67))[:7], stepped(slice(0, 7)))
+    assert not torch.equal(stepped(slice(0, 67))[64:], stepped(slice(64, 67))) or not torch.equal(
+        stepped(slice(0, 67))[:7], stepped(slice(0, 7))
+    )
 
 
 def test_dense_clip_sees_the_dense_norm() -> None:
@@ -140,7 +144,10 @@ def test_dpo_reference_is_the_base(checkpointing: bool, tmp_path: Path) -> None:
         model = tiny_llama()
         trainer = DPOTrainer(
             model if reference is None else peft.get_peft_model(model, SubnetConfig(mask=mask)),
-            reference, args, train_dataset=preference_dataset(), processing_class=tiny_tokenizer(),
+            reference,
+            args,
+            train_dataset=preference_dataset(),
+            processing_class=tiny_tokenizer(),
             peft_config=SubnetConfig(mask=mask) if reference is None else None,
         )
         trainer.train()
@@ -260,8 +267,14 @@ trainer.train()
 
 def test_best_model_is_loaded_into_the_weights(tmp_path: Path) -> None:
     args = arguments(
-        tmp_path, max_steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps",
-        eval_steps=2, load_best_model_at_end=True, learning_rate=0.3,
+        tmp_path,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        learning_rate=0.3,
     )
     model = peft.get_peft_model(tiny_llama(), SubnetConfig(mask=random_mask(tiny_llama(), 0.2)))
     trainer = stock_trainer(model, args)

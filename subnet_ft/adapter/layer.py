@@ -1,6 +1,7 @@
 """SubnetLayer: the sidecar of one masked parameter, in the shape of a PEFT tuner layer."""
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 from weakref import WeakSet
 
@@ -13,6 +14,8 @@ from subnet_ft.adapter.binding import Bind
 from subnet_ft.adapter.clip import OffMaskNorm
 from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedError
 from subnet_ft.codec import checksum
+
+MASK_ID = "mask_id"
 
 # Every sidecar alive, so that one optimizer hook can find whose values were stepped.
 ALIVE: WeakSet["SubnetLayer"] = WeakSet()
@@ -55,6 +58,22 @@ class Subnet(nn.Module):
         values = self._parameters[self.leaf]
         assert values is not None
         return values
+
+    def mask_id(self) -> torch.Tensor:
+        """Identify the indices, shape () int64; stored where values are saved without them."""
+        digest = blake2b(self.indices.cpu().numpy().tobytes(), digest_size=8).digest()
+        return torch.tensor(int.from_bytes(digest, "little", signed=True))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
+        saved = state_dict.pop(prefix + MASK_ID, None)
+        if saved is not None and not torch.equal(saved.cpu(), self.mask_id()):
+            raise MaskMismatchError(
+                f"{prefix.removesuffix('.')}: expected a checkpoint of this mask, found one of "
+                "another mask; resume with the mask the run was started with"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Show the count in a printed model."""

@@ -1,5 +1,6 @@
 """SubnetModel: PEFT's tuner for subnetworks."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import nn
 
 from subnet_ft.adapter import state, step_hooks
 from subnet_ft.adapter.config import FROM_FILE, SubnetConfig
+from subnet_ft.adapter.guards import guard, unguard
 from subnet_ft.adapter.inject import Entries, attach, detach, plan, sidecar_layers
 
 from subnet_ft.adapter.layer import SubnetLayer
-from subnet_ft.adapter.targets import filter_mask, target_shapes
+from subnet_ft.adapter.targets import filter_mask, saved_whole, target_shapes
 from subnet_ft.selectors import SELECTORS
+
+logger = logging.getLogger(__name__)
 
 
 class SubnetModel(BaseTuner):
@@ -56,6 +60,7 @@ class SubnetModel(BaseTuner):
         entries = self._entries(model, config)
         first = not any(True for _ in sidecar_layers(model))
         trained = [(p, p.requires_grad) for p in model.parameters()]
+        guard(model)
         for one in entries:
             attach(one, adapter_name, offmask=config.clip == "dense")
         self.targeted_parameter_names += [
@@ -83,12 +88,17 @@ class SubnetModel(BaseTuner):
                 for layer in sidecar_layers(model)
                 if (subnet := layer.subnet(copied)) is not None
             ]
+        whole = saved_whole(model, config.modules_to_save)
         if config._mask is not None:
             mask = filter_mask(model, config._mask, config.include, config.exclude)
-            return plan(model, mask, mask.shapes, mask.checksums)
+            chosen = {name: mask[name] for name in mask if name not in whole}
+            if left_out := len(mask) - len(chosen):
+                logger.info("%d masked parameters are in modules_to_save: whole", left_out)
+            return plan(model, chosen, mask.shapes, mask.checksums)
         if config.selector == FROM_FILE:
             return []  # the adapter file, about to be loaded, names its entries
         shapes = target_shapes(model, config.include, config.exclude)
+        shapes = {name: shape for name, shape in shapes.items() if name not in whole}
         mask = SELECTORS[config.selector](shapes, config.density, config.seed)
         config._source = dict(mask.metadata)
         return plan(model, mask, shapes, {})
@@ -123,6 +133,7 @@ class SubnetModel(BaseTuner):
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         detach(layers, keep_values=merge)
+        unguard(self.model)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )

@@ -10,6 +10,20 @@ from subnet_ft.mask import SubnetMask
 from subnet_ft.names import Patterns, select_names
 
 
+def saved_whole(root: nn.Module, modules_to_save: list[str] | None) -> set[str]:
+    """Name the base parameters of ``modules_to_save``, found by PEFT's rule: a name's ending.
+
+    They train whole, so a subnetwork leaves them out.
+    """
+    endings = tuple(modules_to_save or ())
+    return {
+        f"{prefix}.{leaf}"
+        for prefix, module in root.named_modules()
+        if endings and prefix.endswith(endings)
+        for leaf, _ in module.named_parameters()
+    }
+
+
 def target_shapes(
     root: nn.Module, include: Patterns, exclude: Patterns
 ) -> dict[str, tuple[int, ...]]:
