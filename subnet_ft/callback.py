@@ -1,7 +1,6 @@
 """SubnetCallback: a subnetwork in any ``transformers.Trainer`` script, by one line."""
 
 import logging
-import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from subnet_ft.adapter import SubnetConfig, SubnetModel
 from subnet_ft.adapter.drift import drifted, off_mask_sums
 from subnet_ft.adapter.inject import sidecar_layers
-from subnet_ft.adapter.layer import MASK_ID, Subnet
+from subnet_ft.adapter.subnet import MASK_ID, Subnet
 from subnet_ft.errors import ConfigError
 from subnet_ft.mask import SubnetMask
 
@@ -31,9 +30,9 @@ class SubnetCallback(TrainerCallback):
     The model is masked when the Trainer is made, before it builds its optimizer. Checkpoints hold
     the adapter (``adapter_model.safetensors``, loadable with PEFT) and resume by
     ``trainer.train(resume_from_checkpoint=...)``, for which they also hold a ``model.safetensors``
-    of the trained values alone, the file the Trainer looks for. Logs gain ``subnet_density`` and, at
-    each save and at the end, ``subnet_drifted_tensors``: how many weights moved outside the mask,
-    which must be 0.
+    of the trained values alone, the file the Trainer looks for. Logs gain ``subnet_density`` and,
+    from the first save on, ``subnet_drifted_tensors``: in how many tensors weights outside the mask
+    moved, which must be 0.
 
     Use a PeftModel (``peft_config=SubnetConfig(...)``) instead where the trainer treats adapters
     specially: DPO, KTO, GRPO with a reference model (a PeftModel needs no second model, with a
@@ -82,8 +81,8 @@ class SubnetCallback(TrainerCallback):
             )
         if kwargs.get("optimizer") is not None:
             raise ConfigError(
-                "SubnetCallback: expected the Trainer to build its optimizer, found optimizers=(...) "
-                "made for the dense parameters; choose it by args.optim or optimizer_cls_and_kwargs"
+                "SubnetCallback: expected the Trainer to build its optimizer, found one passed by "
+                "optimizers= for the dense parameters; choose it by args.optim"
             )
         if self.config.base_model_name_or_path is None:
             self.config.base_model_name_or_path = getattr(model, "name_or_path", None)
@@ -109,8 +108,8 @@ class SubnetCallback(TrainerCallback):
         values = [s.values for layer in sidecar_layers(model) for s in layer.subnets()]
         if not values or not all(id(v) in held for v in values):
             raise ConfigError(
-                "SubnetCallback: expected an optimizer over the subnetwork's values, found one made "
-                "before they existed; pass the callback to the Trainer's constructor and no "
+                "SubnetCallback: expected an optimizer over the subnetwork's values, found one made"
+                " before they existed; pass the callback to the Trainer's constructor and no "
                 "optimizers="
             )
         self._sums = off_mask_sums(model)
@@ -125,7 +124,7 @@ class SubnetCallback(TrainerCallback):
             directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             part = directory / f"{SAFE_WEIGHTS_NAME}.part"
             save_file(_values(model), part, {"format": "pt"})
-            os.replace(part, directory / SAFE_WEIGHTS_NAME)
+            part.replace(directory / SAFE_WEIGHTS_NAME)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,7 +151,7 @@ class SubnetCallback(TrainerCallback):
         self._drift = len(moved)
         if moved:
             logger.warning(
-                "weights outside the mask moved in %d tensors, first %s; something else writes them",
+                "weights outside the mask moved in %d tensors, first %s: what writes them?",
                 len(moved),
                 moved[0],
             )

@@ -5,9 +5,9 @@ Today that is the torch twin on every device.
 """
 
 import torch
-from subnet_kernels import reference
 
 from subnet_ft.errors import ConfigError
+from subnet_kernels import reference
 
 BACKENDS = {"torch": reference}
 INDEX_DTYPE = torch.int64  # torch's index_copy_ takes nothing smaller
@@ -36,12 +36,12 @@ def gather(
     accumulate: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Read entries of a dense tensor into a compact one; see ``subnet_kernels.reference.gather``."""
+    """Read entries of a dense tensor into a compact one: ``subnet_kernels.reference.gather``."""
     return BACKENDS[backend(impl)].gather(dense, indices, out, accumulate)
 
 
 def scatter_(
     dense: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, *, impl: str | None = None
 ) -> torch.Tensor:
-    """Write compact values into a dense tensor; see ``subnet_kernels.reference.scatter_``."""
+    """Write compact values into a dense tensor: ``subnet_kernels.reference.scatter_``."""
     return BACKENDS[backend(impl)].scatter_(dense, indices, values)

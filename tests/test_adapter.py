@@ -8,15 +8,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.helpers import (
-    as_integers,
-    assert_off_mask_untouched,
-    assert_same_bits,
-    random_mask,
-    snapshot,
-    tiny_llama,
-    tokens,
-)
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -29,6 +20,15 @@ from transformers import (
 from subnet_ft import SubnetConfig
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.mask import SubnetMask
+from tests.helpers import (
+    as_integers,
+    assert_off_mask_untouched,
+    assert_same_bits,
+    random_mask,
+    snapshot,
+    tiny_llama,
+    tokens,
+)
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]

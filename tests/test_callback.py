@@ -6,6 +6,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from subnet_ft import SubnetCallback, SubnetConfig
+from subnet_ft.adapter.drift import drifted, off_mask_sums
+from subnet_ft.adapter.inject import sidecar_layers
 from tests.helpers import (
     assert_off_mask_untouched,
     assert_same_bits,
@@ -14,11 +19,6 @@ from tests.helpers import (
     tiny_llama,
 )
 from tests.training_helpers import arguments, stock_trainer
-from transformers import AutoModelForCausalLM
-
-from subnet_ft import SubnetCallback, SubnetConfig
-from subnet_ft.adapter.drift import drifted, off_mask_sums
-from subnet_ft.adapter.inject import sidecar_layers
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

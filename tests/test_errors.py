@@ -9,13 +9,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers import as_integers, random_mask, shapes_of, snapshot, tiny_llama, tokens
-from tests.training_helpers import arguments, stock_trainer
 from torch import nn
 
 from subnet_ft import SubnetCallback, SubnetConfig, SubnetError
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.mask import SubnetMask
+from tests.helpers import as_integers, random_mask, shapes_of, snapshot, tiny_llama, tokens
+from tests.training_helpers import arguments, stock_trainer
 
 
 def attach(model: Any = None, **config: Any) -> Any:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from subnet_kernels import reference
-from tests.helpers import as_integers, assert_same_bits
 
 from subnet_ft import SubnetError, ops
+from subnet_kernels import reference
+from tests.helpers import as_integers, assert_same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {

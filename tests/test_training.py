@@ -13,6 +13,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from subnet_ft import SubnetCallback, SubnetConfig
+from subnet_ft.adapter.inject import sidecar_layers
 from tests.helpers import (
     assert_off_mask_untouched,
     assert_same_bits,
@@ -29,10 +33,6 @@ from tests.training_helpers import (
     text_dataset,
     tiny_tokenizer,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-from subnet_ft import SubnetCallback, SubnetConfig
-from subnet_ft.adapter.inject import sidecar_layers
 
 # torch's fused CPU step rounds an entry differently in its vector body and in its scalar tail, so
 # there an entry's position matters: the reference then steps compact tensors too.

@@ -24,7 +24,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
         unk_token="<unk>",
     )
 
@@ -50,9 +53,17 @@ def preference_dataset(rows: int = 16, seed: int = 0) -> Dataset:
 
 def arguments(directory: Path, cls: type[TrainingArguments] = TrainingArguments, **kw: Any) -> Any:
     defaults: dict[str, Any] = {
-        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "weight_decay": 0.1, "max_grad_norm": 1.0, "report_to": [], "use_cpu": True,
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 1,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 1,
     }
     return cls(output_dir=str(directory), **(defaults | kw))
 
@@ -65,10 +76,20 @@ def stock_trainer(
     data = text_dataset().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     return Trainer(
-        model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collator,
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collator,
         callbacks=callbacks,
     )
 
 
-__all__ = ["TrainOutput", "arguments", "preference_dataset", "stock_trainer", "text_dataset",
-           "tiny_tokenizer"]
+__all__ = [
+    "TrainOutput",
+    "arguments",
+    "preference_dataset",
+    "stock_trainer",
+    "text_dataset",
+    "tiny_tokenizer",
+]

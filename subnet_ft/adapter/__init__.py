@@ -1,4 +1,4 @@
-"""The PEFT adapter: config, layer and model in PEFT's own shape. Importing it registers the type."""
+"""The PEFT adapter: config, layer and model in PEFT's own shape; importing it registers them."""
 
 from subnet_ft.adapter.registration import register  # isort: skip
 

@@ -45,7 +45,7 @@ class Bind(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gather the dense gradient into one compact gradient per adapter; the dense one is dropped.
+        """Gather the dense gradient into one compact gradient per adapter, and drop it.
 
         Raises:
             StaleGraphError: The weight holds other values than when the forward pass used it.
@@ -94,7 +94,9 @@ def _bound_class(original: type, leaves: frozenset[str]) -> type:
         members: dict[str, Any] = {leaf: property(_reader(leaf)) for leaf in leaves}
         # Prints, error messages and name checks should show the class the user knows.
         members |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
-        _classes[key] = type(original.__name__, (original,), members | {"_subnet_original": original})
+        _classes[key] = type(
+            original.__name__, (original,), members | {"_subnet_original": original}
+        )
     return _classes[key]
 
 

@@ -16,7 +16,7 @@ from torch.autograd import Variable
 from subnet_ft import ops
 
 if TYPE_CHECKING:
-    from subnet_ft.adapter.layer import Subnet
+    from subnet_ft.adapter.subnet import Subnet
 
 
 NAME = "offmask_norm"

@@ -36,7 +36,7 @@ class SubnetConfig(PeftConfig):
         clip: ``"compact"``: gradient clipping sees the norm of the masked gradient. ``"dense"``: it
             sees the norm of the whole gradient of the masked parameters, as full finetuning's
             clipping does; exact without gradient accumulation.
-        modules_to_save: Modules trained and saved whole beside the adapter, as in every PEFT method.
+        modules_to_save: Modules trained and saved whole beside the adapter, as in all of PEFT.
 
     Raises:
         ConfigError: A value outside what is listed.

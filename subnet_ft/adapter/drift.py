@@ -31,8 +31,9 @@ def off_mask_sums(root: nn.Module) -> dict[str, int]:
         bits = weight.data.contiguous().view(_INTEGER[weight.element_size()])
         total = int(bits.sum(dtype=torch.int64))
         if name in layers:
-            indices = torch.cat([s.indices for s in layers[name].subnet_ft_values.values()])
-            if len(layers[name].subnet_ft_values) > 1:
+            adapters = tuple(layers[name].subnet_ft_values)
+            indices = torch.cat([s.indices for s in layers[name].subnets((adapters, 0))])
+            if len(adapters) > 1:
                 indices = indices.unique()
             total -= int(_sum_at(bits, indices))
         sums[name] = total

@@ -70,7 +70,9 @@ def plan(
     """
     places = base_parameters(root)
     if not len(mask):
-        raise MaskMismatchError("expected a mask with entries, found an empty one; nothing to train")
+        raise MaskMismatchError(
+            "expected a mask with entries, found an empty one; nothing to train"
+        )
     unknown = [name for name in mask if name not in places]
     if unknown:
         raise MaskMismatchError(
@@ -95,8 +97,8 @@ def plan(
         expected = checksums.get(name)
         if expected is not None and (found := checksum(originals)) != expected:
             raise MaskMismatchError(
-                f"{name}: wrong base model: its values at the mask's entries have checksum {found}, "
-                f"expected {expected}; load the base model the mask was made on"
+                f"{name}: wrong base model: expected checksum {expected} of its values at the "
+                f"mask's entries, found {found}; load the base model the mask was made on"
             )
         entries.append(Entries(name, places[name], indices, originals))
     return entries
@@ -110,8 +112,8 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
     """
     if not weight.is_floating_point():
         raise UnsupportedError(
-            f"{name}: expected a floating-point weight, found {weight.dtype} "
-            f"({type(weight).__name__}); a quantized base cannot be edited in place, load it in bf16"
+            f"{name}: expected a floating-point weight, found {weight.dtype}; a quantized base "
+            "cannot be edited in place, load it in bf16"
         )
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UnsupportedError(f"{name}: expected fp32, bf16 or fp16, found {weight.dtype}")

@@ -1,8 +1,7 @@
 """SubnetLayer: the sidecar of one masked parameter, in the shape of a PEFT tuner layer."""
 
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -11,73 +10,14 @@ from torch import nn
 
 from subnet_ft import ops
 from subnet_ft.adapter.binding import Bind
-from subnet_ft.adapter.clip import OffMaskNorm
+from subnet_ft.adapter.subnet import Subnet
 from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedError
-from subnet_ft.codec import checksum
-
-MASK_ID = "mask_id"
 
 # Every sidecar alive, so that one optimizer hook can find whose values were stepped.
 ALIVE: WeakSet["SubnetLayer"] = WeakSet()
 
 # Which adapters a weight holds, and how often their values were written: what a graph relies on.
 Live = tuple[tuple[str, ...], int]
-
-
-class Subnet(nn.Module):
-    """One adapter's entries of one parameter.
-
-    Args:
-        leaf: Name of the values parameter: ``"bias"`` for biases, so that rules which exempt biases
-            from weight decay by name apply; else ``"weight"``.
-        indices: (nnz,) int64, strictly increasing flat positions.
-        originals: (nnz,) the base's entries, in the weight's dtype.
-        offmask_uses: Give gradient clipping the norm of the dense gradient of a parameter used in
-            this many places; 0: do not.
-    """
-
-    indices: torch.Tensor
-    originals: torch.Tensor
-
-    def __init__(
-        self, leaf: str, indices: torch.Tensor, originals: torch.Tensor, offmask_uses: int = 0
-    ) -> None:
-        super().__init__()
-        self.leaf = leaf
-        # Absolute weights, not deltas: replay is exact, and decay means what it means in full runs.
-        self.register_parameter(leaf, nn.Parameter(originals.to(torch.float32, copy=True)))
-        # Not persistent: FSDP's loader cannot shard buffers, and the adapter file packs indices.
-        self.register_buffer("indices", indices, persistent=False)
-        self.register_buffer("originals", originals, persistent=False)
-        self.base_checksum = checksum(originals)
-        self.offmask = OffMaskNorm(self, offmask_uses) if offmask_uses else None
-
-    @property
-    def values(self) -> nn.Parameter:
-        """The trainable entries, (nnz,) float32."""
-        values = self._parameters[self.leaf]
-        assert values is not None
-        return values
-
-    def mask_id(self) -> torch.Tensor:
-        """Identify the indices, shape () int64; stored where values are saved without them."""
-        digest = blake2b(self.indices.cpu().numpy().tobytes(), digest_size=8).digest()
-        return torch.tensor(int.from_bytes(digest, "little", signed=True))
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
-    ) -> None:
-        saved = state_dict.pop(prefix + MASK_ID, None)
-        if saved is not None and not torch.equal(saved.cpu(), self.mask_id()):
-            raise MaskMismatchError(
-                f"{prefix.removesuffix('.')}: expected a checkpoint of this mask, found one of "
-                "another mask; resume with the mask the run was started with"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        """Show the count in a printed model."""
-        return f"nnz={self.indices.numel()}"
 
 
 class SubnetLayer(nn.Module, BaseTunerLayer):
@@ -88,10 +28,15 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         owners: (module, leaf) of every place the parameter is used; tied weights have several.
 
     The weight always holds the originals plus what is live: `sync` makes it so after a change of
-    adapters, `flush` after a change of values. Both write to ``weight.data`` at masked entries only.
+    adapters, `flush` after a change of values. Both write ``weight.data``, at masked entries only.
     """
 
     adapter_layer_names = ("subnet_ft_values",)
+    subnet_ft_values: nn.ModuleDict
+    owners: tuple[tuple[nn.Module, str], ...]
+    merged_adapters: list[str]
+    live: Live
+    _disable_adapters: bool
 
     def __init__(self, name: str, owners: Sequence[tuple[nn.Module, str]]) -> None:
         super().__init__()
@@ -100,9 +45,9 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         self.__dict__["owners"] = tuple(owners)
         self.shape = tuple(self.weight.shape)
         self.subnet_ft_values = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self._active_adapter: str | list[str] = []
-        self.live: Live = ((), 0)
+        self.live = ((), 0)
         self.register_load_state_dict_post_hook(_flush_after_load)
         ALIVE.add(self)
 
@@ -115,18 +60,19 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         return self.owners[0][0]
 
     @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
+    def weight(self) -> nn.Parameter:
         """The base parameter itself, never bound."""
         owner, leaf = self.owners[0]
-        return owner._parameters[leaf]
+        return cast(nn.Parameter, owner._parameters[leaf])
 
     def subnets(self, live: Live | None = None) -> list[Subnet]:
         """Return the entries of the adapters in ``live`` (default: those live now)."""
-        return [self.subnet_ft_values[adapter] for adapter in (live or self.live)[0]]  # type: ignore[misc]
+        return [cast(Subnet, self.subnet_ft_values[name]) for name in (live or self.live)[0]]
 
     def subnet(self, adapter: str) -> Subnet | None:
         """Return an adapter's entries, None where it has none here."""
-        return self.subnet_ft_values[adapter] if adapter in self.subnet_ft_values else None  # type: ignore[return-value]
+        found = self.subnet_ft_values[adapter] if adapter in self.subnet_ft_values else None
+        return cast(Subnet | None, found)
 
     def bind(self, weight: torch.Tensor) -> torch.Tensor:
         """Attach the live values to ``weight`` for autograd; see `Bind`."""
@@ -196,7 +142,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             wanted: tuple[str, ...] = ()
         else:
-            wanted = tuple(self.merged_adapters or self.active_adapters)
+            wanted = tuple(self.merged_adapters or cast(list[str], self.active_adapters))
         wanted = tuple(adapter for adapter in wanted if adapter in self.subnet_ft_values)
         if wanted != self.live[0]:
             self._write(wanted)
@@ -249,11 +195,10 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         adapter_names = check_adapters_to_merge(self, adapter_names)
         adapter_names = [name for name in adapter_names if name in self.subnet_ft_values]
         if safe_merge and not all(
-            subnet.values.isfinite().all()
-            for subnet in self.subnets((tuple(adapter_names), 0))
+            subnet.values.isfinite().all() for subnet in self.subnets((tuple(adapter_names), 0))
         ):
             raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_names} seems to be broken"
+                f"NaNs detected in the merged weights. Adapter {adapter_names} seems to be broken"
             )
         self.merged_adapters = self.merged_adapters + adapter_names
         self.sync()
@@ -276,8 +221,8 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT's version would also cast the values to the weight's dtype.
-        if adapter_name in self.subnet_ft_values:
-            self.subnet_ft_values[adapter_name].to(device or self.weight.device)
+        if subnet := self.subnet(adapter_name):
+            subnet.to(device or self.weight.device)
 
     def extra_repr(self) -> str:
         """Show the parameter in a printed model."""

@@ -15,7 +15,6 @@ from subnet_ft.adapter import state, step_hooks
 from subnet_ft.adapter.config import FROM_FILE, SubnetConfig
 from subnet_ft.adapter.guards import guard, unguard
 from subnet_ft.adapter.inject import Entries, attach, detach, plan, sidecar_layers
-
 from subnet_ft.adapter.layer import SubnetLayer
 from subnet_ft.adapter.targets import filter_mask, saved_whole, target_shapes
 from subnet_ft.selectors import SELECTORS
@@ -118,8 +117,10 @@ class SubnetModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; its entries return to the base's values unless another one is live."""
         super().delete_adapter(adapter_name)
-        detach([layer for layer in sidecar_layers(self.model) if not layer.subnet_ft_values],
-               keep_values=False)
+        detach(
+            [layer for layer in sidecar_layers(self.model) if not layer.subnet_ft_values],
+            keep_values=False,
+        )
 
     def _unload_and_optionally_merge(
         self,

@@ -4,14 +4,22 @@ The file is the truth: loading makes the adapter's entries exactly those the fil
 the config said. Its layout is `subnet_ft.adapter_file`'s.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from subnet_ft.adapter import clip
 from subnet_ft.adapter.inject import attach, detach, plan, sidecar_layers
-from subnet_ft.adapter_file import HEADER_KEY, dump_header, entry_key, index_key, parse_header, values_key
+from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter_file import (
+    HEADER_KEY,
+    dump_header,
+    entry_key,
+    index_key,
+    parse_header,
+    values_key,
+)
 from subnet_ft.codec import decode_indices, encode_indices
 from subnet_ft.errors import MaskFormatError
 
@@ -41,9 +49,8 @@ def pack(
     packed = {k: v for k, v in state_dict.items() if not k.endswith(f".{clip.NAME}")}
     parameters = {}
     for module_name, layer in model.named_modules():
-        if not _has(layer, adapter):
+        if not isinstance(layer, SubnetLayer) or (subnet := layer.subnet(adapter)) is None:
             continue
-        subnet = layer.subnet_ft_values[adapter]
         numel = layer.weight.numel()
         kind, encoded = encode_indices(subnet.indices.cpu(), numel)
         packed[f"{module_name}.subnet_ft_values.{adapter}.{kind}"] = encoded
@@ -98,33 +105,28 @@ def unpack(
         if "checksum" in record:
             checksums[name] = record["checksum"]
         indices[name] = _indices(rest, name, shapes[name], record["nnz"])
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
-    current = {layer.name: layer for layer in sidecar_layers(root) if _has(layer, adapter)}
+    root: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    current = {layer.name: layer for layer in sidecar_layers(root) if layer.subnet(adapter)}
     entries = plan(root, indices, shapes, checksums)
     for one in entries:
-        layer = current.get(one.name)
+        present = current.get(one.name)
+        subnet = present.subnet(adapter) if present else None
         # An unchanged set keeps its parameter: an optimizer may hold it already.
-        if layer and torch.equal(layer.subnet_ft_values[adapter].indices, one.indices):
+        if subnet and torch.equal(subnet.indices, one.indices):
             continue
         layer = attach(one, adapter, offmask=config.clip == "dense")
         layer._disable_adapters = any(other.disable_adapters for other in current.values())
-        active = getattr(model, "active_adapters", [adapter])
+        active: Any = getattr(model, "active_adapters", [adapter])
         layer.set_adapter(active() if callable(active) else list(active))
-        layer.set_requires_grad(adapter, not config.inference_mode)
+        layer.subnet_ft_values[adapter].requires_grad_(not config.inference_mode)
     for name in current.keys() - indices.keys():
         current[name].delete_adapter(adapter)
     detach([lay for lay in current.values() if not lay.subnet_ft_values], keep_values=False)
     config._source = {k: v for k, v in header.items() if isinstance(v, str)}
     for layer in sidecar_layers(root):
-        if _has(layer, adapter) and (offmask := layer.subnet_ft_values[adapter].offmask):
-            rest[entry_key(layer.name, clip.NAME)] = offmask.scalar.data
+        if (subnet := layer.subnet(adapter)) and subnet.offmask:
+            rest[entry_key(layer.name, clip.NAME)] = subnet.offmask.scalar.data
     return {_PREFIX + key: tensor for key, tensor in rest.items()}
-
-
-def _has(module: nn.Module, adapter: str) -> bool:
-    from subnet_ft.adapter.layer import SubnetLayer
-
-    return isinstance(module, SubnetLayer) and adapter in module.subnet_ft_values
 
 
 def _indices(

@@ -17,7 +17,7 @@ def gather(
     out: torch.Tensor | None = None,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    """Read the entries of a dense tensor at ``indices``: ``out[i] (+)= dense.flatten()[indices[i]]``.
+    """Read a dense tensor at ``indices``: ``out[i] (+)= dense.flatten()[indices[i]]``.
 
     Args:
         dense: Any shape, floating point, contiguous.

@@ -1,0 +1,69 @@
+"""Subnet: the entries one adapter trains of one parameter."""
+
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import nn
+
+from subnet_ft.adapter.clip import OffMaskNorm
+from subnet_ft.codec import checksum
+from subnet_ft.errors import MaskMismatchError
+
+MASK_ID = "mask_id"
+
+
+class Subnet(nn.Module):
+    """One adapter's entries of one parameter.
+
+    Args:
+        leaf: Name of the values parameter: ``"bias"`` for biases, so that rules which exempt biases
+            from weight decay by name apply; else ``"weight"``.
+        indices: (nnz,) int64, strictly increasing flat positions.
+        originals: (nnz,) the base's entries, in the weight's dtype.
+        offmask_uses: Give gradient clipping the norm of the dense gradient of a parameter used in
+            this many places; 0: do not.
+    """
+
+    indices: torch.Tensor
+    originals: torch.Tensor
+
+    def __init__(
+        self, leaf: str, indices: torch.Tensor, originals: torch.Tensor, offmask_uses: int = 0
+    ) -> None:
+        super().__init__()
+        self.leaf = leaf
+        # Absolute weights, not deltas: replay is exact, and decay means what it means in full runs.
+        self.register_parameter(leaf, nn.Parameter(originals.to(torch.float32, copy=True)))
+        # Not persistent: FSDP's loader cannot shard buffers, and the adapter file packs indices.
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("originals", originals, persistent=False)
+        self.base_checksum = checksum(originals)
+        self.offmask = OffMaskNorm(self, offmask_uses) if offmask_uses else None
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The trainable entries, (nnz,) float32."""
+        values = self._parameters[self.leaf]
+        assert values is not None
+        return values
+
+    def mask_id(self) -> torch.Tensor:
+        """Identify the indices, shape () int64; stored where values are saved without them."""
+        digest = blake2b(self.indices.cpu().numpy().tobytes(), digest_size=8).digest()
+        return torch.tensor(int.from_bytes(digest, "little", signed=True))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
+        saved = state_dict.pop(prefix + MASK_ID, None)
+        if saved is not None and not torch.equal(saved.cpu(), self.mask_id()):
+            raise MaskMismatchError(
+                f"{prefix.removesuffix('.')}: expected a checkpoint of this mask, found one of "
+                "another mask; resume with the mask the run was started with"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Show the count in a printed model."""
+        return f"nnz={self.indices.numel()}"
