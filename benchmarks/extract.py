@@ -38,6 +38,13 @@ exact = int((deltas == 0).sum())
 within = int(torch.isclose(deltas, torch.zeros_like(deltas), atol=1e-5).sum())
 print(deltas.numel() - exact, deltas.numel() - within, deltas.numel())
 """
+# In a process of its own: a process starts with its parent's peak memory as its own.
+SYNTHETIC = """
+import json, sys
+from pathlib import Path
+from benchmarks.extract import write_synthetic_pair
+write_synthetic_pair(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+"""
 OURS = "import sys; from subnet_ft.cli.main import app; app(sys.argv[1:])"
 
 
@@ -127,9 +134,15 @@ def growth(folder: Path) -> dict[str, Any]:
             "growth": max(peaks.values()) / peaks["pair"] - 1}  # fmt: skip
 
 
-def synthetic_pair(
+def synthetic_pair(folder: Path, **size: int) -> tuple[Path, Path]:
+    """Make a pair of random checkpoints; see `write_synthetic_pair`."""
+    measure(SYNTHETIC, folder, json.dumps(size))
+    return folder / "base", folder / "tuned"
+
+
+def write_synthetic_pair(
     folder: Path, hidden: int, layers: int, vocabulary: int, shard_layers: int = 8
-) -> tuple[Path, Path]:
+) -> None:
     """Write two random Llama checkpoints in bf16 shards, 12% of their weights apart."""
     import torch
     from safetensors.torch import save_file
@@ -175,7 +188,6 @@ def synthetic_pair(
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     for side in sides:
         (side / "model.safetensors.index.json").write_text(index)
-    return sides[0], sides[1]
 
 
 def weight_bytes(folder: Path) -> int:
@@ -232,7 +244,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if arguments.pair:
-            pairs.append(compare(arguments.label, *arguments.pair, folder))
+            base, tuned = arguments.pair
+            pairs.append(compare(arguments.label, base, tuned, folder))
         base, tuned = synthetic_pair(folder, hidden=1536, layers=16, vocabulary=32000)
         pairs.append(compare("synthetic", base, tuned, folder))
         small = folder / "small"

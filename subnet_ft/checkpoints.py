@@ -11,7 +11,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,15 +177,21 @@ def resolve(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        folder = _download(snapshot_download, source, "*.safetensors")
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source, allow_patterns=["*.bin", "*.json"]))
+            folder = _download(snapshot_download, source, "*.bin")
     except Exception as error:  # the client's errors share no base class
         raise CheckpointError(
             f"{source}: expected a local path or a model on the Hub, got {first_line(error)}; "
             "check the name and the network."
         ) from error
     return folder
+
+
+def _download(snapshot_download: Callable[..., str], source: str, weights: str) -> Path:
+    """Fetch weights of one kind, configuration and tokenizer, from the top directory only."""
+    patterns = [weights, "*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

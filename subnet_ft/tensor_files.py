@@ -72,8 +72,8 @@ class SafetensorsFile:
         self.path = path
         try:
             # The library's own checks: sizes, overlaps, file length.
-            with safe_open(path, "pt") as file:
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
+            with safe_open(path, "pt"):
+                pass
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(

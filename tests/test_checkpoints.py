@@ -330,10 +330,10 @@ def test_hub_download_is_opened(tmp_path: Path, monkeypatch):
     folder = save_bin(tiny_llama(), tmp_path / "snapshot")
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, *allow_patterns))
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns[0], ignore_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert open_checkpoint("owner/name").source == "owner/name"
-    assert asked == [("owner/name", "*.safetensors", "*.json"), ("owner/name", "*.bin", "*.json")]
+    assert asked == [("owner/name", kind, ["*/*"]) for kind in ("*.safetensors", "*.bin")]

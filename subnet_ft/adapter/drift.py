@@ -7,10 +7,10 @@ that moves changes its tensor's sum; only moves that cancel to the bit can hide.
 import torch
 from torch import nn
 
-from subnet_ft import ops
 from subnet_ft.adapter.inject import base_parameters, sidecar_layers
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22
 
 
 def off_mask_sums(root: nn.Module) -> dict[str, int]:
@@ -29,20 +29,20 @@ def off_mask_sums(root: nn.Module) -> dict[str, int]:
         if weight is None or weight.requires_grad:
             continue
         bits = weight.data.contiguous().view(_INTEGER[weight.element_size()])
-        total = int(bits.sum(dtype=torch.int64))
+        total = _sum(bits.view(-1))
         if name in layers:
             adapters = tuple(layers[name].subnet_ft_values)
             indices = torch.cat([s.indices for s in layers[name].subnets((adapters, 0))])
             if len(adapters) > 1:
                 indices = indices.unique()
-            total -= int(_sum_at(bits, indices))
+            total -= sum(_sum(bits.view(-1)[part]) for part in indices.split(_CHUNK))
         sums[name] = total
     return sums
 
 
-def _sum_at(bits: torch.Tensor, indices: torch.Tensor) -> int:
-    inside = torch.empty(indices.numel(), dtype=bits.dtype, device=bits.device)
-    return int(ops.gather(bits, indices, inside).sum(dtype=torch.int64))
+def _sum(bits: torch.Tensor) -> int:
+    # In chunks: torch widens its input to the sum's dtype first.
+    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_CHUNK))
 
 
 def drifted(before: dict[str, int], after: dict[str, int]) -> list[str]:
