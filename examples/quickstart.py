@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from transformers.utils import logging
 import subnet_ft
 from subnet_ft import SubnetMask, extract_mask
 from subnet_ft.analysis.agreement import measure_agreement
+from subnet_ft.analysis.density import density_by, layer_of, matrix_type_of
 from subnet_ft.analysis.nulls import measure_nulls
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.selectors import random_like
@@ -143,8 +143,9 @@ def summarize(base: Path, output: Path, mask: SubnetMask) -> dict[str, Any]:
     # The base is its own reference: its margins are 0 by definition, neither right nor wrong.
     summary["base"]["heldout_accuracy"] = None
     summary["nulls"] = measure_nulls(before, after, mask, seed=NULL_SEED)
-    summary["density_by_layer"] = density_by(mask, layer_of)
-    summary["density_by_matrix_type"] = density_by(mask, matrix_type_of)
+    for key, label in (("layer", layer_of), ("matrix_type", matrix_type_of)):
+        groups = density_by(mask, label)
+        summary[f"density_by_{key}"] = {group.label: group.density for group in groups}
     summary["settings"] = {
         "base_model": HUB_ID,
         "base_directory": base.name,
@@ -191,28 +192,6 @@ def heldout_figures(
         "heldout_margin": margin.mean().item(),
         "heldout_logprob_accuracy": (gap > 0).float().mean().item(),
     }
-
-
-def density_by(mask: SubnetMask, group_of: Callable[[str], str]) -> dict[str, float]:
-    """Returns the density of groups of parameters, each weight counting once."""
-    kept: dict[str, int] = {}
-    total: dict[str, int] = {}
-    for name, shape in mask.shapes.items():
-        group = group_of(name)
-        kept[group] = kept.get(group, 0) + mask.counts[name]
-        total[group] = total.get(group, 0) + torch.Size(shape).numel()
-    return {group: kept[group] / total[group] for group in total}
-
-
-def layer_of(name: str) -> str:
-    """Returns the layer's number, or "none" for the embedding and the final norm."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return found[1] if found else "none"
-
-
-def matrix_type_of(name: str) -> str:
-    """Returns what a parameter is called in its layer, such as `q_proj`."""
-    return name.split(".")[-2]
 
 
 def environment() -> dict[str, Any]:
@@ -276,7 +255,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (layers, types, losses) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    by_layer = {k: v for k, v in summary["density_by_layer"].items() if k != "none"}
+    by_layer = {k: v for k, v in summary["density_by_layer"].items() if k != "other"}
     layers.bar([int(layer) for layer in by_layer], by_layer.values())
     layers.set(title="mask density by layer", xlabel="layer", ylabel="share of weights changed")
     by_type = summary["density_by_matrix_type"]

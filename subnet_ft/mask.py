@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from subnet_ft.errors import ConfigError, MaskFormatError, MaskMismatchError
-from subnet_ft.indices import check_indices, contains, index_dtype, union
 from subnet_ft.names import Patterns, select_names
+from subnet_ft.storage.indices import check_indices, contains, index_dtype, spread, union
 
-__all__ = ["Patterns", "Shape", "SubnetMask", "check_same_shapes", "select_names"]
+__all__ = ["Patterns", "Shape", "SubnetMask", "select_names"]
 
 Shape = tuple[int, ...]
 
@@ -204,7 +204,7 @@ class SubnetMask(Mapping[str, Tensor]):
     ) -> SubnetMask:
         if not isinstance(other, SubnetMask):
             return NotImplemented
-        check_same_shapes(self, other)
+        self.check_same_shapes(other)
         indices: dict[str, Tensor] = {}
         checksums: dict[str, str] = {}
         for name, shape in self.shapes.items():
@@ -220,6 +220,20 @@ class SubnetMask(Mapping[str, Tensor]):
                     checksums.setdefault(name, mask.checksums[name])
         metadata = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
         return SubnetMask(indices, self.shapes, checksums=checksums, metadata=metadata)
+
+    def check_same_shapes(self, other: SubnetMask) -> None:
+        """Refuse a mask that does not target the same parameters.
+
+        Raises:
+            MaskMismatchError: names the first parameter that differs.
+        """
+        for name in [*self.shapes, *other.shapes]:
+            left, right = self.shapes.get(name, "absent"), other.shapes.get(name, "absent")
+            if left != right:
+                raise MaskMismatchError(
+                    f"{name}: masks must target the same parameters, got shapes {left} and "
+                    f"{right}; use masks of the same base model."
+                )
 
     def filter(self, include: Patterns = None, exclude: Patterns = None) -> SubnetMask:
         """Keep the parameters whose names match, as both numerator and denominator.
@@ -263,10 +277,7 @@ class SubnetMask(Mapping[str, Tensor]):
         for name, shape in shapes.items():
             numel = math.prod(shape)
             nnz = min(numel, max(1, round(density * numel)))
-            edges = torch.arange(nnz + 1) * numel // max(nnz, 1)
-            width = edges[1:] - edges[:-1]
-            draw = torch.rand(nnz, generator=generator, dtype=torch.float64)
-            indices[name] = edges[:-1] + (draw * width).long()
+            indices[name] = spread(numel, nnz, generator)
         return cls(indices, shapes, metadata={"rule": "synthetic", "source": f"seed {seed}"})
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -333,18 +344,3 @@ def _rebuild(
     changed: dict[str, dict[str, int]],
 ) -> SubnetMask:
     return SubnetMask(indices, shapes, checksums=checksums, metadata=metadata, changed=changed)
-
-
-def check_same_shapes(a: SubnetMask, b: SubnetMask) -> None:
-    """Refuse two masks that do not target the same parameters.
-
-    Raises:
-        MaskMismatchError: names the first parameter that differs.
-    """
-    for name in [*a.shapes, *b.shapes]:
-        left, right = a.shapes.get(name), b.shapes.get(name)
-        if left != right:
-            raise MaskMismatchError(
-                f"{name}: masks must target the same parameters, got shapes "
-                f"{left or 'absent'} and {right or 'absent'}; use masks of the same base model."
-            )

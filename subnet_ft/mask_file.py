@@ -33,10 +33,10 @@ from typing import Any, TypeGuard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from subnet_ft.codec import KINDS, Checksum, checksum, decode_indices, encode_indices
 from subnet_ft.errors import MaskFormatError
 from subnet_ft.mask import SubnetMask
-from subnet_ft.safetensors_writer import SafetensorsWriter, header_bytes
+from subnet_ft.storage.codec import KINDS, Checksum, checksum, decode_indices, encode_indices
+from subnet_ft.storage.safetensors_writer import SafetensorsWriter, header_bytes
 
 __all__ = ["Checksum", "checksum", "decode_indices", "encode_indices", "load_mask", "save_mask"]
 

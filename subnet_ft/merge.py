@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from subnet_ft.checkpoints import StoredCheckpoint, open_checkpoint
+from subnet_ft.checkpoints.overlay import OverlayCheckpoint
 from subnet_ft.errors import ConfigError
-from subnet_ft.overlay import OverlayCheckpoint
 from subnet_ft.progress import progress_bar
-from subnet_ft.safetensors_writer import (
+from subnet_ft.storage.safetensors_writer import (
     SafetensorsWriter,
     check_target,
     header_bytes,
     tensor_bytes,
 )
-from subnet_ft.tensor_files import TensorFile
+from subnet_ft.storage.tensor_files import TensorFile
 
 _CHUNK = 1 << 22
 # What a model directory holds besides weights; a run's own state is left behind.

@@ -126,7 +126,7 @@ def save_subnet_adapter(
 ) -> Path:
     """Our adapter, written by its specification: name -> (indices, values)."""
     from subnet_ft.adapter_file import HEADER_KEY, dump_header, index_key, values_key
-    from subnet_ft.codec import checksum, encode_indices
+    from subnet_ft.storage.codec import checksum, encode_indices
 
     tensors, records = {}, {}
     for name, (indices, values) in changes.items():

@@ -9,9 +9,9 @@ from subnet_ft.analysis.density import overall_density
 from subnet_ft.checkpoints import open_checkpoint
 from subnet_ft.errors import CheckpointError, ConfigError, MaskMismatchError
 from subnet_ft.extract import extract_mask
+from subnet_ft.extract.rules import Rule, comparison_dtype
 from subnet_ft.mask import SubnetMask
 from subnet_ft.mask_file import checksum
-from subnet_ft.rules import Rule, comparison_dtype
 from tests.checkpoint_helpers import (
     FORMS,
     paper_counts,

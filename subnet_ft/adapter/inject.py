@@ -9,8 +9,8 @@ from torch import nn
 from subnet_ft import ops
 from subnet_ft.adapter.binding import bind_owner, release_owner, sidecar_of
 from subnet_ft.adapter.layer import SubnetLayer, read_entries
-from subnet_ft.codec import checksum
 from subnet_ft.errors import MaskMismatchError, UnsupportedError
+from subnet_ft.storage.codec import checksum
 
 _CHILD = "subnet_"  # sidecar of `q_proj.weight`: the child `q_proj.subnet_weight`
 Owners = list[tuple[nn.Module, str]]

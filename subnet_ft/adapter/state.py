@@ -20,8 +20,8 @@ from subnet_ft.adapter_file import (
     parse_header,
     values_key,
 )
-from subnet_ft.codec import decode_indices, encode_indices
 from subnet_ft.errors import MaskFormatError
+from subnet_ft.storage.codec import decode_indices, encode_indices
 
 if TYPE_CHECKING:
     from subnet_ft.adapter.config import SubnetConfig

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from subnet_ft.adapter.clip import OffMaskNorm
-from subnet_ft.codec import checksum
 from subnet_ft.errors import MaskMismatchError
+from subnet_ft.storage.codec import checksum
 
 MASK_ID = "mask_id"
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from subnet_ft.checkpoints import Checkpoint
 from subnet_ft.errors import CheckpointError
-from subnet_ft.rules import Rule
+from subnet_ft.extract.rules import Rule
 
 # Its counts cover both rules: unchanged from f to g is what agrees.
 RULE = Rule.parse("bitwise")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from subnet_ft.errors import ConfigError
-from subnet_ft.indices import contains
-from subnet_ft.mask import SubnetMask, check_same_shapes
+from subnet_ft.mask import SubnetMask
+from subnet_ft.storage.indices import contains
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def overlap(a: SubnetMask, b: SubnetMask) -> Overlap:
         >>> overlap(a, b).o1, overlap(a, b).lift
         (0.5, 1.0)
     """
-    check_same_shapes(a, b)
+    a.check_same_shapes(b)
     intersection = 0
     expected = 0.0
     for name, shape in a.shapes.items():

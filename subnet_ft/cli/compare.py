@@ -15,8 +15,8 @@ def compare(
     as_json: JsonFlag = False,
 ) -> None:
     """Show pairwise overlap beside the chance level and the ceiling."""
-    from subnet_ft.adapter_mask import open_mask_or_adapter
     from subnet_ft.analysis.overlap import pairwise_overlap
+    from subnet_ft.checkpoints.adapter_mask import open_mask_or_adapter
 
     opened = {path: open_mask_or_adapter(path) for path in masks}
     overlaps = pairwise_overlap(opened)

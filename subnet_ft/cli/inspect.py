@@ -18,7 +18,6 @@ def inspect(
     as_json: JsonFlag = False,
 ) -> None:
     """Show a mask's density: overall, by layer, by matrix type, and its extremes."""
-    from subnet_ft.adapter_mask import open_mask_or_adapter
     from subnet_ft.analysis.density import (
         density_by,
         extremes,
@@ -26,6 +25,7 @@ def inspect(
         matrix_type_of,
         overall_density,
     )
+    from subnet_ft.checkpoints.adapter_mask import open_mask_or_adapter
 
     opened = open_mask_or_adapter(mask)
     densest, sparsest = extremes(opened)

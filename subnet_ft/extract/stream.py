@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint, read_json
-from subnet_ft.codec import Checksum
 from subnet_ft.errors import CheckpointError, ConfigError, MaskMismatchError
-from subnet_ft.index_stream import IndexStream
+from subnet_ft.extract.index_stream import IndexStream
+from subnet_ft.extract.rules import PAPER_RULE, Changes, Rule, comparison_dtype
 from subnet_ft.mask import SubnetMask
 from subnet_ft.mask_file import file_metadata, header_bound, open_mask, storage_order
 from subnet_ft.names import Patterns, select_names
 from subnet_ft.progress import progress_bar
-from subnet_ft.rules import PAPER_RULE, Changes, Rule, comparison_dtype
-from subnet_ft.safetensors_writer import SafetensorsWriter, check_target
+from subnet_ft.storage.codec import Checksum
+from subnet_ft.storage.safetensors_writer import SafetensorsWriter, check_target
 
 _CHUNK = 1 << 20
 _WORKERS = 2

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from subnet_ft.adapter_file import HEADER_KEYS, index_key, parse_header, values_key
-from subnet_ft.checkpoints import Checkpoint
-from subnet_ft.codec import KINDS, Checksum, decode_indices
+from subnet_ft.checkpoints.base import Checkpoint
+from subnet_ft.checkpoints.overlay import Change, Patch, replacements
 from subnet_ft.errors import MaskFormatError, MaskMismatchError
-from subnet_ft.overlay import Change, Patch, replacements
-from subnet_ft.tensor_files import SafetensorsFile
+from subnet_ft.storage.codec import KINDS, Checksum, decode_indices
+from subnet_ft.storage.tensor_files import SafetensorsFile
 
 _CHUNK = 1 << 20
 

@@ -7,9 +7,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from subnet_ft.codec import bitmap_bytes, index_kind
-from subnet_ft.indices import index_dtype
-from subnet_ft.safetensors_writer import SafetensorsWriter, tensor_bytes
+from subnet_ft.storage.codec import bitmap_bytes, index_kind
+from subnet_ft.storage.indices import index_dtype
+from subnet_ft.storage.safetensors_writer import SafetensorsWriter, tensor_bytes
 
 _COPY = 1 << 20
 

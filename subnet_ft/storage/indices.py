@@ -63,3 +63,11 @@ def contains(indices: Tensor, queries: Tensor) -> Tensor:
 def union(a: Tensor, b: Tensor) -> Tensor:
     """Merge two strictly increasing 1-D tensors of one dtype into one."""
     return torch.cat([a, b[~contains(a, b)]]).sort().values
+
+
+def spread(numel: int, nnz: int, generator: torch.Generator) -> Tensor:
+    """Draw one index in each of ``nnz`` equal stretches of [0, numel), as (nnz,) int64."""
+    edges = torch.arange(nnz + 1) * numel // max(nnz, 1)
+    width = edges[1:] - edges[:-1]
+    draw = torch.rand(nnz, generator=generator, dtype=torch.float64)
+    return edges[:-1] + (draw * width).long()

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from subnet_ft.checkpoints import Checkpoint, open_checkpoint, read_json
+from subnet_ft.checkpoints.base import Checkpoint
+from subnet_ft.checkpoints.lora import lora_patches
+from subnet_ft.checkpoints.overlay import OverlayCheckpoint
+from subnet_ft.checkpoints.stored import open_checkpoint, read_json
+from subnet_ft.checkpoints.subnet import subnet_patches
 from subnet_ft.errors import CheckpointError, UnsupportedError
-from subnet_ft.overlay import OverlayCheckpoint
-from subnet_ft.overlay_lora import lora_patches
-from subnet_ft.overlay_subnet import subnet_patches
-from subnet_ft.tensor_files import SafetensorsFile
+from subnet_ft.storage.tensor_files import SafetensorsFile
 
 
 def open_adapter(

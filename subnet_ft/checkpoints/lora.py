@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from subnet_ft.adapter_file import PREFIX
-from subnet_ft.checkpoints import Checkpoint
+from subnet_ft.checkpoints.base import Checkpoint
+from subnet_ft.checkpoints.overlay import Change, Patch, Replacement, replacements
 from subnet_ft.errors import CheckpointError, UnsupportedError
-from subnet_ft.overlay import Change, Patch, Replacement, replacements
-from subnet_ft.tensor_files import SafetensorsFile, TensorInfo
+from subnet_ft.storage.tensor_files import SafetensorsFile, TensorInfo
 
 # Options whose merge is something else than W + scaling * B @ A.
 _REFUSED = (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from subnet_ft.errors import MaskFormatError
-from subnet_ft.indices import check_indices, index_dtype
-from subnet_ft.safetensors_writer import tensor_bytes
+from subnet_ft.storage.indices import check_indices, index_dtype
+from subnet_ft.storage.safetensors_writer import tensor_bytes
 
 KINDS = ("indices", "bitmap")
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from subnet_ft.adapter_file import HEADER_KEYS
+from subnet_ft.checkpoints.subnet import read_header, read_indices
 from subnet_ft.errors import MaskFormatError
 from subnet_ft.mask import SubnetMask
-from subnet_ft.overlay_subnet import read_header, read_indices
-from subnet_ft.tensor_files import SafetensorsFile
+from subnet_ft.storage.tensor_files import SafetensorsFile
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 

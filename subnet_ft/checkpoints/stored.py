@@ -1,7 +1,7 @@
 """Streamed tensors of any Hugging Face checkpoint, under the names `named_parameters()` gives.
 
 A source is a model directory (one file or shards, safetensors or `.bin`), a Trainer checkpoint
-directory, a hub id, or a PEFT adapter directory over its base (`peft_overlay`). Neither
+directory, a hub id, or a PEFT adapter directory over its base (`adapter`). Neither
 transformers nor peft is imported, and nothing but tensors is unpickled.
 """
 
@@ -10,69 +10,24 @@ from __future__ import annotations
 import json
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from subnet_ft.checkpoints.base import Checkpoint
+from subnet_ft.checkpoints.layout import not_a_parameter, tied_aliases
 from subnet_ft.errors import CheckpointError, UnsupportedError
-from subnet_ft.tensor_files import BinFile, TensorFile, TensorInfo, first_line, open_tensor_file
+from subnet_ft.storage.tensor_files import (
+    TensorFile,
+    first_line,
+    open_tensor_file,
+)
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                  "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-               "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
-# Buffers that old checkpoints store although the model computes them.
-_BUFFERS = re.compile(r".*(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.masked_bias|inv_freq)")
-_QUANTIZED = re.compile(
-    r".*\.(qweight|qzeros|g_idx|SCB|weight_format|weight_scale(_inv)?|weight_packed|absmax"
-    r"|quant_map|nested_absmax|quant_state\..*)"
-)
-_EXPERT = re.compile(r".*\.experts\.\d+\..*")
-
-
-class Checkpoint(ABC):
-    """Named parameters that can be read in flat slices.
-
-    Attributes:
-        source: what the user called it.
-        path: the directory (or file) it was found in.
-        tensors: name -> shape and stored dtype of every floating-point parameter.
-        aliases: name of a tied weight -> the parameter it is tied to.
-        skipped: name of a stored tensor that is no parameter -> why.
-        config: the parsed config.json, empty where there is none.
-    """
-
-    source: str
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    aliases: Mapping[str, str]
-    skipped: Mapping[str, str]
-    config: Mapping[str, Any]
-
-    @abstractmethod
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Return elements [start, stop) of the flat parameter.
-
-        Args:
-            name: a key of `tensors`.
-            start: first element, row-major.
-            stop: one past the last; None for the end.
-            out: (>= stop - start,) of the stored dtype, reused as memory of the result.
-
-        Returns:
-            (stop - start,) in the stored dtype.
-
-        Raises:
-            CheckpointError: the data cannot be read.
-        """
 
 
 class StoredCheckpoint(Checkpoint):
@@ -111,12 +66,12 @@ class StoredCheckpoint(Checkpoint):
         parameters = {}
         for key, file in locations.items():
             info = file.tensors[key]
-            reason = _not_a_parameter(source, key, info)
+            reason = not_a_parameter(source, key, info)
             if reason:
                 self.skipped[key] = reason
             else:
                 parameters[key] = info
-        self.aliases = _aliases(parameters, locations, self.config)
+        self.aliases = tied_aliases(parameters, locations, self.config)
         self.tensors = {k: info for k, info in parameters.items() if k not in self.aliases}
         if not self.tensors:
             raise CheckpointError(
@@ -154,7 +109,7 @@ def open_checkpoint(
     path = resolve(text)
     if not (path / "adapter_config.json").is_file():
         return StoredCheckpoint(text, path)
-    from subnet_ft.peft_overlay import open_adapter
+    from subnet_ft.checkpoints.adapter import open_adapter
 
     return open_adapter(text, path, base)
 
@@ -246,61 +201,3 @@ def _open_files(source: str, path: Path) -> list[TensorFile]:
                 f"{stored.get(key, 'none')}; download or save the checkpoint again."
             )
     return files
-
-
-def _not_a_parameter(source: str, key: str, info: TensorInfo) -> str | None:
-    """Say why a stored tensor is no parameter, or raise for one that cannot be handled."""
-    if _EXPERT.fullmatch(key):
-        raise UnsupportedError(
-            f"{source}: {key}: expected fused experts as transformers 5 names them, found one "
-            "tensor per expert (the version 4 layout); load and save it with transformers 5."
-        )
-    if _QUANTIZED.fullmatch(key):
-        raise UnsupportedError(
-            f"{source}: {key}: expected floating-point weights, found a quantized layout; use the "
-            "unquantized checkpoint."
-        )
-    if _BUFFERS.fullmatch(key):
-        return "a buffer the model computes"
-    if info.dtype in _FLOATING:
-        return None
-    dtype = str(info.dtype).removeprefix("torch.")
-    if isinstance(info.dtype, str) or key.endswith(".weight"):
-        raise UnsupportedError(
-            f"{source}: {key}: expected float32, float16 or bfloat16, got {dtype}; use the "
-            "unquantized checkpoint."
-        )
-    return f"a buffer of dtype {dtype}"
-
-
-def _aliases(
-    parameters: Mapping[str, TensorInfo],
-    locations: Mapping[str, TensorFile],
-    config: Mapping[str, Any],
-) -> dict[str, str]:
-    """Map tied weights to the parameter that `named_parameters()` gives: the first of them."""
-    text_config = config.get("text_config")
-    nested = text_config if isinstance(text_config, Mapping) else {}
-    tied = config.get("tie_word_embeddings", nested.get("tie_word_embeddings"))
-    aliases: dict[str, str] = {}
-    if tied is not False:
-        # A `.bin` file knows: what is tied shares its storage.
-        owners: dict[tuple[TensorFile, int, tuple[int, ...]], str] = {}
-        for key, info in parameters.items():
-            file = locations[key]
-            if isinstance(file, BinFile):
-                owner = owners.setdefault((file, file.storage(key), info.shape), key)
-                if owner != key:
-                    aliases[key] = owner
-    if tied:
-        embedding = next((key for key in parameters if _last_two(key) in _EMBEDDINGS), None)
-        heads = [key for key in parameters if _last_two(key) == "lm_head.weight"]
-        for head in heads or ["lm_head.weight"]:
-            shape = parameters[head].shape if heads else None
-            if embedding and shape in (None, parameters[embedding].shape):
-                aliases[head] = embedding
-    return aliases
-
-
-def _last_two(key: str) -> str:
-    return ".".join(key.split(".")[-2:])

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from subnet_ft.errors import CheckpointError
-from subnet_ft.safetensors_writer import DTYPE_NAMES, tensor_bytes
+from subnet_ft.storage.safetensors_writer import DTYPE_NAMES, tensor_bytes
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

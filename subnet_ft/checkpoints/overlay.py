@@ -10,9 +10,9 @@ from typing import Protocol
 from torch import Tensor
 
 from subnet_ft.adapter_file import PREFIX
-from subnet_ft.checkpoints import Checkpoint
+from subnet_ft.checkpoints.base import Checkpoint
 from subnet_ft.errors import CheckpointError, MaskMismatchError
-from subnet_ft.tensor_files import SafetensorsFile
+from subnet_ft.storage.tensor_files import SafetensorsFile
 
 Change = Callable[[Tensor, int], None]
 

@@ -1,0 +1,1 @@
+"""Bytes on disk: index encodings, checksums, safetensors written and read in streams."""
