@@ -28,6 +28,7 @@ from typing import Any
 import matplotlib
 import torch
 from chain_sum import completion_logprobs, heldout_pairs
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from smollm2 import HUB_ID, model_directory
@@ -62,7 +63,8 @@ RUN_FIGURES = [
     "seconds_per_step",
     "losses",
 ]
-console = Console(highlight=False)
+# The table needs this much, also where the output is a file, which rich takes for 80 columns.
+console = Console(highlight=False, width=max(100, Console().width))
 
 
 def main() -> None:
@@ -213,7 +215,7 @@ def environment() -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> Table:
     """Lays the summary out, one column a run."""
-    share, megabytes = "{:.1%}".format, lambda value: f"{value / 1e6:,.0f} MB"
+    share, millions = "{:.1%}".format, lambda value: f"{value / 1e6:,.0f}"
     rows = {
         "equal weights, bitwise": ("agreement_bitwise", share),
         "equal weights, at 1e-5": ("agreement_1e-5", share),
@@ -224,10 +226,10 @@ def table(summary: dict[str, Any]) -> Table:
         "held-out: margin": ("heldout_margin", "{:.4f}".format),
         "held-out: log p accuracy": ("heldout_logprob_accuracy", share),
         "final loss": ("final_loss", "{:.4f}".format),
-        "peak RSS over imports": ("peak_over_imports", megabytes),
-        "trained numbers": ("trainable_parameters", lambda value: f"{value / 1e6:,.1f} M"),
-        "optimizer state": ("optimizer_bytes", megabytes),
-        "checkpoint": ("checkpoint_bytes", megabytes),
+        "peak RSS over imports, MB": ("peak_over_imports", millions),
+        "trained numbers, M": ("trainable_parameters", lambda value: f"{value / 1e6:,.1f}"),
+        "optimizer state, MB": ("optimizer_bytes", millions),
+        "checkpoint, MB": ("checkpoint_bytes", millions),
         "seconds a step": ("seconds_per_step", "{:.2f}".format),
     }
     nulls = {
@@ -239,8 +241,9 @@ def table(summary: dict[str, Any]) -> Table:
         column = columns[name]
         column["peak_over_imports"] = column["peak_rss_bytes"] - column["rss_after_imports_bytes"]
 
-    result = Table(title=f"Against the full run, in bf16; mask density {summary['density']:.1%}")
-    result.add_column("")
+    title = f"Against the full run, in bf16; mask density {summary['density']:.1%}"
+    result = Table(title=title, box=box.SIMPLE)
+    result.add_column("", no_wrap=True)
     for name in columns:
         result.add_column(name.replace("_", " "), justify="right")
     for label, (key, write) in rows.items():

@@ -19,6 +19,7 @@ from transformers import (
 
 from subnet_ft import SubnetConfig
 from subnet_ft.adapter.inject import sidecar_layers
+from subnet_ft.checkpoints.adapter_mask import open_mask_or_adapter
 from subnet_ft.mask import SubnetMask
 from tests.helpers import (
     as_integers,
@@ -187,6 +188,19 @@ def test_the_file_is_the_truth(tmp_path: Path) -> None:
     assert {layer.name for layer in sidecar_layers(other)} == set(mask)
     with other.disable_adapter():
         assert_weights(other, base)
+
+
+def test_the_file_keeps_what_the_density_is_a_share_of(tmp_path: Path) -> None:
+    whole = random_mask(tiny_llama())
+    name = "model.layers.0.mlp.up_proj.weight"
+    mask = SubnetMask({name: whole[name]}, whole.shapes)
+    model = peft.get_peft_model(tiny_llama(), SubnetConfig(mask=mask))
+    model.save_pretrained(tmp_path / "first")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    for directory in ("first", "second"):
+        stored = open_mask_or_adapter(tmp_path / directory)
+        assert stored == mask and stored.density == mask.density < 0.01
 
 
 def test_adapter_file_is_small(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_groups_are_weighted_by_numel():
     changed = {n: {"bitwise": len(indices.get(n, ())), "abs:1e-5": 0} for n in names}
     one = SubnetMask(indices, shapes, changed=changed)
     layers = {entry.label: entry for entry in density_by(one, layer_of)}
-    assert list(layers) == ["other", "0", "10"]
+    assert list(layers) == ["0", "10", "other"]
     # Weighted 8 / 20; the mean over tensors would be 0.625.
     assert layers["0"].density == 8 / 20 and layers["10"].density == 2 / 40
     types = {entry.label: entry for entry in density_by(one, matrix_type_of)}

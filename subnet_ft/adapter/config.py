@@ -82,6 +82,8 @@ class SubnetConfig(PeftConfig):
         # Plain attributes, not fields: a saved config is a recipe and holds neither path nor mask.
         self._mask = SubnetMask.load(mask) if isinstance(mask, str | PathLike) else mask
         self._source: dict[str, str] = {} if self._mask is None else dict(self._mask.metadata)
+        # Every targeted parameter, those without an entry too: what the density is a share of.
+        self._shapes: dict[str, tuple[int, ...]] = {}
         if self._mask is not None:
             self.selector = FROM_FILE
             self.density = self._mask.density

@@ -90,6 +90,7 @@ class SubnetModel(BaseTuner):
         whole = saved_whole(model, config.modules_to_save)
         if config._mask is not None:
             mask = filter_mask(model, config._mask, config.include, config.exclude)
+            config._shapes = {n: shape for n, shape in mask.shapes.items() if n not in whole}
             chosen = {name: mask[name] for name in mask if name not in whole}
             if left_out := len(mask) - len(chosen):
                 logger.info("%d masked parameters are in modules_to_save: whole", left_out)
@@ -99,7 +100,7 @@ class SubnetModel(BaseTuner):
         shapes = target_shapes(model, config.include, config.exclude)
         shapes = {name: shape for name, shape in shapes.items() if name not in whole}
         mask = SELECTORS[config.selector](shapes, config.density, config.seed)
-        config._source = dict(mask.metadata)
+        config._source, config._shapes = dict(mask.metadata), shapes
         return plan(model, mask, shapes, {})
 
     def _same_recipe(self, model: nn.Module, config: SubnetConfig) -> str | None:

@@ -47,7 +47,9 @@ def pack(
         What the adapter file holds, keys still with the adapter's name.
     """
     packed = {k: v for k, v in state_dict.items() if not k.endswith(f".{clip.NAME}")}
-    parameters = {}
+    parameters: dict[str, dict[str, Any]] = {
+        name: {"shape": list(shape), "nnz": 0} for name, shape in config._shapes.items()
+    }
     for module_name, layer in model.named_modules():
         if not isinstance(layer, SubnetLayer) or (subnet := layer.subnet(adapter)) is None:
             continue
@@ -102,6 +104,8 @@ def unpack(
     indices, shapes, checksums = {}, {}, {}
     for name, record in records.items():
         shapes[name] = tuple(record["shape"])
+        if not record["nnz"]:
+            continue
         if "checksum" in record:
             checksums[name] = record["checksum"]
         indices[name] = _indices(rest, name, shapes[name], record["nnz"])
@@ -123,6 +127,7 @@ def unpack(
         current[name].delete_adapter(adapter)
     detach([lay for lay in current.values() if not lay.subnet_ft_values], keep_values=False)
     config._source = {k: v for k, v in header.items() if isinstance(v, str)}
+    config._shapes = shapes
     for layer in sidecar_layers(root):
         if (subnet := layer.subnet(adapter)) and subnet.offmask:
             rest[entry_key(layer.name, clip.NAME)] = subnet.offmask.scalar.data

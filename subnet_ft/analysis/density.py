@@ -80,12 +80,14 @@ def density_by(mask: SubnetMask, label: Callable[[str], str]) -> list[Density]:
         label: parameter name -> group, such as `layer_of` or `matrix_type_of`.
 
     Returns:
-        One entry a group, in the model's order.
+        One entry a group: numbered ones (layers) in order, the others as they come, last.
     """
     groups: dict[str, list[str]] = {}
     for name in mask.shapes:
         groups.setdefault(label(name), []).append(name)
-    return [_sum(mask, key, names) for key, names in groups.items()]
+    # Checkpoints list layer 10 before layer 2.
+    ordered = sorted(groups, key=lambda key: int(key) if key.isdigit() else math.inf)
+    return [_sum(mask, key, groups[key]) for key in ordered]
 
 
 def overall_density(mask: SubnetMask) -> Density:
