@@ -51,8 +51,8 @@ def preference_pairs(count: int, seed: int = 0) -> list[Pair]:
             continue
         right = int(problem["answer"])
         near_miss = right + rng.choice(OFFSETS)
-        # Repeating the expression is what lets a model this small know the sum at all: it prefers
-        # the right one in nine pairs of ten, against half of them where the sum stands alone.
+        # Repeating the expression is what lets a model this small know the sum at all: untrained,
+        # it prefers the right one in five pairs of six, but in half where the sum stands alone.
         pairs[expression] = {
             "prompt": [SYSTEM, {"role": "user", "content": f"What is {expression}?"}],
             "chosen": [{"role": "assistant", "content": f"{expression} = {right}"}],

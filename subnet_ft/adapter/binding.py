@@ -55,9 +55,10 @@ class Bind(torch.autograd.Function):
         sidecar.check_live(ctx.live)
         compact: list[torch.Tensor | None] = []
         for subnet, needed in zip(sidecar.subnets(ctx.live), ctx.needs_input_grad[2:], strict=True):
-            compact.append(ops.gather(gradient, subnet.indices) if needed else None)
-            if needed and subnet.offmask is not None:
-                subnet.offmask.observe(gradient)
+            part = ops.gather(gradient, subnet.indices) if needed else None
+            if part is not None and subnet.offmask is not None:
+                subnet.offmask.observe(gradient, part)
+            compact.append(part)
         return None, None, *compact
 
 

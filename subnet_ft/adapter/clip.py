@@ -44,10 +44,10 @@ class OffMaskNorm:
         """The parameter whose gradient is the norm, shape ()."""
         return self.subnet.get_parameter(NAME)
 
-    def observe(self, gradient: torch.Tensor) -> None:
-        """Take in the dense gradient of one use; called from within backward."""
+    def observe(self, gradient: torch.Tensor, compact: torch.Tensor) -> None:
+        """Take in the gradient of one use, dense and compact; called from within backward."""
         if self.uses == 1:
-            self._measure(gradient)
+            self._measure(gradient, compact)
         elif self._sum is None:
             self._sum = gradient.float()
             Variable._execution_engine.queue_callback(self._measure_sum)
@@ -56,14 +56,14 @@ class OffMaskNorm:
 
     def _measure_sum(self) -> None:
         assert self._sum is not None
-        self._measure(self._sum)
+        self._measure(self._sum, ops.gather(self._sum, self.subnet.indices))
         self._sum = None
 
-    def _measure(self, gradient: torch.Tensor) -> None:
+    def _measure(self, gradient: torch.Tensor, compact: torch.Tensor) -> None:
         def square(x: torch.Tensor) -> torch.Tensor:
             return torch.linalg.vector_norm(x, dtype=torch.float32).double().square()
 
-        outside = square(gradient) - square(ops.gather(gradient, self.subnet.indices))
+        outside = square(gradient) - square(compact)
         scalar = self.scalar
         if scalar.grad is not None:  # accumulation: as if micro-batches were orthogonal
             outside = outside + scalar.grad.double().square()

@@ -57,8 +57,8 @@ def scatter_(dense: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -
         ``dense``.
     """
     flat = dense.view(-1)
-    if values.dtype == flat.dtype:
-        flat.index_copy_(0, indices, values)
+    if values.dtype == flat.dtype == torch.float32:
+        flat.scatter_(0, indices, values)  # runs in parallel, but in fp32 only
         return dense
     for start in range(0, indices.numel(), CHUNK):
         part = slice(start, start + CHUNK)
