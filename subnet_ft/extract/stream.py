@@ -240,12 +240,14 @@ def _metadata(
     base: Checkpoint, tuned: Checkpoint, rule: Rule, names: Sequence[str]
 ) -> dict[str, str]:
     """Say where the mask comes from, with the run's steps and peak learning rate where known."""
-    precisions = {comparison_dtype(_dtype(base, n), _dtype(tuned, n)) for n in names}
+    stored = {_dtype(tuned, n) for n in names}
+    compared = {comparison_dtype(_dtype(base, n), _dtype(tuned, n)) for n in names}
     metadata = {
         "base_model": base.source,
         "rule": rule.text,
         "source": tuned.source,
-        "precision": ",".join(sorted(str(p).removeprefix("torch.") for p in precisions)),
+        "precision": _names(stored),
+        "compared_in": _names(compared),
     }
     state = read_json(tuned.path / "trainer_state.json")
     if isinstance(state.get("global_step"), int):
@@ -262,6 +264,10 @@ def _metadata(
     if skipped:
         metadata["skipped"] = json.dumps(skipped)
     return metadata
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ",".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _check_changed(
