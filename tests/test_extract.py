@@ -164,6 +164,7 @@ def test_include_exclude_and_metadata(tmp_path: Path):
         "source": str(tmp_path / "tuned"),
         "rule": "bitwise",
         "precision": "bfloat16",
+        "compared_in": "bfloat16",
         "steps": "40",
         "learning_rate": "1e-06",
     }
