@@ -7,21 +7,22 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from subnet_ft.errors import ConfigError, MaskFormatError, MaskMismatchError
 from subnet_ft.names import Patterns, select_names
 from subnet_ft.storage.indices import check_indices, contains, index_dtype, spread, union
+from subnet_ft.storage.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Patterns", "Shape", "SubnetMask", "select_names"]
 
 Shape = tuple[int, ...]
 
 
-class SubnetMask(Mapping[str, Tensor]):
+class SubnetMask(Mapping[str, "Tensor"]):
     """Flat row-major indices of the subnetwork, per parameter of a base model.
 
     A mapping from the name of every parameter with at least one index to its indices. Tensors it

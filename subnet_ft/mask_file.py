@@ -28,15 +28,17 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from subnet_ft.errors import MaskFormatError
 from subnet_ft.mask import SubnetMask
 from subnet_ft.storage.codec import KINDS, Checksum, checksum, decode_indices, encode_indices
 from subnet_ft.storage.safetensors_writer import SafetensorsWriter, header_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Checksum", "checksum", "decode_indices", "encode_indices", "load_mask", "save_mask"]
 
@@ -110,7 +112,7 @@ def open_mask(path: str | os.PathLike[str], *, temporary: bool = False) -> Subne
     """Do what `load_mask` does; a temporary file is deleted with the last mask that reads it."""
     path = Path(path).absolute()
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             metadata = dict(file.metadata() or {})
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
@@ -221,7 +223,7 @@ def _stored_keys(
     return kinds
 
 
-class _FileIndices(Mapping[str, Tensor]):
+class _FileIndices(Mapping[str, "Tensor"]):
     """Indices that are read from the file, decoded and checked each time they are asked for."""
 
     def __init__(

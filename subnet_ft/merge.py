@@ -109,7 +109,6 @@ def merge_checkpoint(
                         writer.write(tensor_bytes(piece))
                         size += piece.numel() * piece.element_size()
                         advance(piece.numel())
-                    assert isinstance(info.dtype, torch.dtype)
                     writer.finish(key, info.dtype, info.shape)
                     weight_map[key] = name
         files = tuple(dict.fromkeys(weight_map.values()))
@@ -131,8 +130,7 @@ def _pieces(
         stop = min(start + _CHUNK, numel)
         if name in overlay.tensors:
             # A tied copy gets the embedding's values in its own dtype.
-            dtype = file.tensors[key].dtype
-            assert isinstance(dtype, torch.dtype)
+            dtype: torch.dtype = getattr(torch, file.tensors[key].dtype)
             yield overlay.read(name, start, stop).to(dtype)
         else:
             yield file.read(key, start, stop)

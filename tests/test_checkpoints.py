@@ -3,6 +3,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -16,6 +17,7 @@ from subnet_ft.errors import (
     SubnetError,
     UnsupportedError,
 )
+from subnet_ft.storage.arrays import to_tensor
 from tests.checkpoint_helpers import (
     FORMS,
     save_bin,
@@ -83,10 +85,10 @@ def test_reads_into_the_given_memory(tmp_path: Path):
     model = tiny_llama()
     for form in ("directory", "bin"):
         checkpoint = open_checkpoint(FORMS[form](model, tmp_path / form))
-        memory = torch.empty(50, dtype=torch.bfloat16)
-        read = checkpoint.read("model.norm.weight", 4, 32, out=memory)
-        assert read.data_ptr() == memory.data_ptr()
-        assert torch.equal(read, model.model.norm.weight[4:32])
+        memory = np.empty(50, np.uint16)
+        read = checkpoint.read_array("model.norm.weight", 4, 32, out=memory)
+        assert read.base is memory
+        assert torch.equal(to_tensor(read, "bfloat16"), model.model.norm.weight[4:32])
 
 
 def truncate(path: Path) -> None:

@@ -248,7 +248,7 @@ def test_usage_errors_exit_alike(arguments: list[str]):
 
 
 @pytest.mark.parametrize("what", ["extract", "merge"])
-def test_neither_transformers_nor_peft_is_imported(what: str, pair, adapter, tmp_path: Path):
+def test_nothing_slow_is_imported(what: str, pair, adapter, tmp_path: Path):
     arguments = {
         "extract": ["extract", *pair, "-o", tmp_path / "mask"],
         "merge": ["merge", pair[0], adapter, "-o", tmp_path / "merged"],
@@ -259,6 +259,8 @@ def test_neither_transformers_nor_peft_is_imported(what: str, pair, adapter, tmp
         f"try:\n    app({[str(a) for a in arguments]!r})\n"
         "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "loaded = {'transformers', 'peft', 'accelerate', 'triton', 'huggingface_hub'}\n"
+        # Importing torch would take longer than comparing two small models.
+        f"loaded |= {{'torch'}} if {what == 'extract'} else set()\n"
         "print('LOADED', sorted(loaded & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

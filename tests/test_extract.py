@@ -1,6 +1,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -12,6 +13,7 @@ from subnet_ft.extract import extract_mask
 from subnet_ft.extract.rules import Rule, comparison_dtype
 from subnet_ft.mask import SubnetMask
 from subnet_ft.mask_file import checksum
+from subnet_ft.storage.arrays import bf16_bits, to_array, to_tensor
 from tests.checkpoint_helpers import (
     FORMS,
     paper_counts,
@@ -106,10 +108,10 @@ def test_patterns_of_bits_against_the_papers_formula(dtype: torch.dtype):
         ("abs:1e-8", ~torch.isclose(b - a, torch.zeros_like(a), atol=1e-8)),
         ("abs:0", ~torch.isclose(b - a, torch.zeros_like(a), atol=0)),
     ]:
-        changes = Rule.parse(rule).changes(base, tuned)
+        changes = Rule.parse(rule).changes(to_array(base), to_array(tuned))
         assert changes.bits.tolist() == expected.tolist(), rule
         assert changes.where.tolist() == expected.nonzero().view(-1).tolist()
-        assert torch.equal(changes.values, base[expected])
+        assert torch.equal(to_tensor(changes.values, "bfloat16"), base[expected].bfloat16())
         assert changes.bitwise == int((a != b).sum())
 
 
@@ -117,13 +119,20 @@ def test_every_pair_of_random_bf16_patterns():
     bits = torch.randint(-(2**15), 2**15, (2, 200_000)).to(torch.int16).view(torch.bfloat16)
     base, tuned = bits.masked_fill(~bits.isfinite(), 0.5)
     assert torch.equal(
-        torch.from_numpy(Rule.parse("abs:1e-5").changes(base, tuned).bits),
+        torch.from_numpy(Rule.parse("abs:1e-5").changes(to_array(base), to_array(tuned)).bits),
         ~torch.isclose(tuned - base, torch.zeros_like(base), atol=1e-5),
     )
 
 
+def test_rounding_to_bf16_is_torch_s():
+    bits = torch.randint(-(2**31), 2**31 - 1, (400_000,), dtype=torch.int64).to(torch.int32)
+    values = bits.view(torch.float32)
+    values = values[~values.isnan()]
+    assert torch.equal(to_tensor(bf16_bits(values.numpy()), "bfloat16"), values.bfloat16())
+
+
 def test_comparison_dtypes():
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    half, brain, single = (np.dtype(name) for name in ("float16", "uint16", "float32"))
     pairs = [(brain, brain), (single, brain), (single, single), (half, half), (half, single)]
     pairs += [(half, brain)]
     assert [comparison_dtype(*pair) for pair in pairs] == [brain] * 3 + [half] * 2 + [single]

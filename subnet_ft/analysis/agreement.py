@@ -28,6 +28,7 @@ from torch import Tensor
 from subnet_ft.checkpoints import Checkpoint
 from subnet_ft.errors import CheckpointError
 from subnet_ft.extract.rules import Rule
+from subnet_ft.storage.arrays import to_array
 
 # Its counts cover both rules: unchanged from f to g is what agrees.
 RULE = Rule.parse("bitwise")
@@ -94,7 +95,7 @@ def count_agreement(base: Tensor, full: Tensor, run: Tensor, indices: Tensor) ->
 
 
 def _count_equal(a: Tensor, b: Tensor) -> dict[str, int]:
-    changes = RULE.changes(a, b)
+    changes = RULE.changes(to_array(a), to_array(b))
     return {
         "agreement_1e-5": a.numel() - changes.paper,
         "agreement_bitwise": a.numel() - changes.bitwise,

@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
 
+from subnet_ft.storage.arrays import to_tensor
 from subnet_ft.storage.tensor_files import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Checkpoint(ABC):
@@ -32,16 +36,28 @@ class Checkpoint(ABC):
     config: Mapping[str, Any]
 
     @abstractmethod
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None
-    ) -> Tensor:
+    def read_array(
+        self, name: str, start: int, stop: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return elements [start, stop) of the flat parameter as an array; see `storage.arrays`.
+
+        Args:
+            name: a key of `tensors`.
+            start: first element, row-major.
+            stop: one past the last.
+            out: (>= stop - start,) of `arrays.array_dtype`, reused as memory of the result.
+
+        Raises:
+            CheckpointError: the data cannot be read.
+        """
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of the flat parameter.
 
         Args:
             name: a key of `tensors`.
             start: first element, row-major.
             stop: one past the last; None for the end.
-            out: (>= stop - start,) of the stored dtype, reused as memory of the result.
 
         Returns:
             (stop - start,) in the stored dtype.
@@ -49,3 +65,7 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: the data cannot be read.
         """
+        info = self.tensors[name]
+        return to_tensor(
+            self.read_array(name, start, info.numel if stop is None else stop), info.dtype
+        )

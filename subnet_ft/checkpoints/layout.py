@@ -6,12 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from subnet_ft.errors import UnsupportedError
+from subnet_ft.storage.arrays import FLOATING, SAFETENSORS_NAMES
 from subnet_ft.storage.tensor_files import BinFile, TensorFile, TensorInfo
 
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
                "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
 # Buffers that old checkpoints store although the model computes them.
@@ -37,15 +35,14 @@ def not_a_parameter(source: str, key: str, info: TensorInfo) -> str | None:
         )
     if _BUFFERS.fullmatch(key):
         return "a buffer the model computes"
-    if info.dtype in _FLOATING:
+    if info.dtype in FLOATING:
         return None
-    dtype = str(info.dtype).removeprefix("torch.")
-    if isinstance(info.dtype, str) or key.endswith(".weight"):
+    if info.dtype not in SAFETENSORS_NAMES or key.endswith(".weight"):
         raise UnsupportedError(
-            f"{source}: {key}: expected float32, float16 or bfloat16, got {dtype}; use the "
+            f"{source}: {key}: expected float32, float16 or bfloat16, got {info.dtype}; use the "
             "unquantized checkpoint."
         )
-    return f"a buffer of dtype {dtype}"
+    return f"a buffer of dtype {info.dtype}"
 
 
 def tied_aliases(

@@ -7,11 +7,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from subnet_ft.adapter_file import PREFIX
 from subnet_ft.checkpoints.base import Checkpoint
 from subnet_ft.errors import CheckpointError, MaskMismatchError
+from subnet_ft.storage.arrays import to_tensor
 from subnet_ft.storage.tensor_files import SafetensorsFile
 
 Change = Callable[[Tensor, int], None]
@@ -58,13 +60,13 @@ class OverlayCheckpoint(Checkpoint):
         self._lock = Lock()
         self._loaded: tuple[str, Change] | None = None
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Return elements [start, stop) after the change; see `Checkpoint.read`."""
-        values = self.base.read(name, start, stop, out)
-        if name in self.patches:
-            self._change(name)(values, start)
+    def read_array(
+        self, name: str, start: int, stop: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return elements [start, stop) after the change; see `Checkpoint.read_array`."""
+        values = self.base.read_array(name, start, stop, out)
+        if name in self.patches:  # the change is made in the array's memory
+            self._change(name)(to_tensor(values, self.tensors[name].dtype), start)
         return values
 
     def _change(self, name: str) -> Change:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from subnet_ft.checkpoints.base import Checkpoint
 from subnet_ft.checkpoints.layout import not_a_parameter, tied_aliases
@@ -78,12 +78,11 @@ class StoredCheckpoint(Checkpoint):
                 f"{source}: expected floating-point parameters, found none; save the model again."
             )
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Return elements [start, stop); see `Checkpoint.read`."""
-        end = self.tensors[name].numel if stop is None else stop
-        return self._locations[name].read(name, start, end, out)
+    def read_array(
+        self, name: str, start: int, stop: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return elements [start, stop); see `Checkpoint.read_array`."""
+        return self._locations[name].read_array(name, start, stop, out)
 
 
 def open_checkpoint(

@@ -13,6 +13,7 @@ from subnet_ft.adapter_file import HEADER_KEYS, index_key, parse_header, values_
 from subnet_ft.checkpoints.base import Checkpoint
 from subnet_ft.checkpoints.overlay import Change, Patch, replacements
 from subnet_ft.errors import MaskFormatError, MaskMismatchError
+from subnet_ft.storage.arrays import to_array
 from subnet_ft.storage.codec import KINDS, Checksum, decode_indices
 from subnet_ft.storage.tensor_files import SafetensorsFile
 
@@ -56,7 +57,7 @@ class _Subnet:
             part = _between(indices, start, start + _CHUNK)
             if part.start < part.stop:
                 values = self._base.read(self._base_name, start, min(start + _CHUNK, numel))
-                pieces.update(values[indices[part] - start])
+                pieces.update(to_array(values[indices[part] - start]))
         return pieces.hexdigest()
 
 

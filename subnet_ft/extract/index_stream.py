@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import BinaryIO
 
 import numpy as np
-import torch
 
 from subnet_ft.storage.codec import bitmap_bytes, index_kind
-from subnet_ft.storage.indices import index_dtype
-from subnet_ft.storage.safetensors_writer import SafetensorsWriter, tensor_bytes
+from subnet_ft.storage.indices import index_name
+from subnet_ft.storage.safetensors_writer import SafetensorsWriter, array_bytes
 
 _COPY = 1 << 20
 
@@ -40,16 +39,15 @@ class IndexStream:
         """
         self.nnz += len(where)
         if self._kind() == "indices":
-            flat = torch.from_numpy(where + start).to(index_dtype(self.numel))
-            self._writer.write(tensor_bytes(flat))
+            flat = (where + start).astype(index_name(self.numel), copy=False)
+            self._writer.write(array_bytes(flat))
         self._scratch.write(np.packbits(bits, bitorder="little").data)
 
     def finish(self) -> None:
         """Make the smaller of the two a tensor of the file; nothing where no index was added."""
         if self._kind() == "indices":
             if self.nnz:
-                key, dtype = f"{self.name}.indices", index_dtype(self.numel)
-                self._writer.finish(key, dtype, (self.nnz,))
+                self._writer.finish(f"{self.name}.indices", index_name(self.numel), (self.nnz,))
             return
         self._writer.rewind()
         size = self._scratch.tell()
@@ -58,7 +56,7 @@ class IndexStream:
             self._writer.write(self._scratch.read(min(_COPY, size - start)))
         padded = bitmap_bytes(self.numel)
         self._writer.write(bytes(padded - size))
-        self._writer.finish(f"{self.name}.bitmap", torch.uint8, (padded,))
+        self._writer.finish(f"{self.name}.bitmap", "uint8", (padded,))
 
     def _kind(self) -> str:
         return index_kind(self.nnz, self.numel)

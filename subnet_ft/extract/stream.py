@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -18,8 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from subnet_ft.checkpoints import Checkpoint, open_checkpoint, read_json
 from subnet_ft.errors import CheckpointError, ConfigError, MaskMismatchError
@@ -29,7 +29,9 @@ from subnet_ft.mask import SubnetMask
 from subnet_ft.mask_file import file_metadata, header_bound, open_mask, storage_order
 from subnet_ft.names import Patterns, select_names
 from subnet_ft.progress import progress_bar
+from subnet_ft.storage.arrays import array_dtype
 from subnet_ft.storage.codec import Checksum
+from subnet_ft.storage.lazy import torch
 from subnet_ft.storage.safetensors_writer import SafetensorsWriter, check_target
 
 _CHUNK = 1 << 20
@@ -172,15 +174,15 @@ def _changes(
     base: Checkpoint, tuned: Checkpoint, rule: Rule, names: Sequence[str], chunk: int
 ) -> Generator[tuple[int, Changes], None, None]:
     """Yield (elements, changes) chunk by chunk, read and compared in threads, in order."""
-    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    buffers: SimpleQueue[np.ndarray] = SimpleQueue()
     for _ in range(_WORKERS):
-        buffers.put(torch.empty(2, chunk * 8, dtype=torch.uint8))
+        buffers.put(np.empty((2, chunk * 8), np.uint8))
 
     def compare(name: str, start: int, stop: int) -> tuple[int, Changes]:
         memory = buffers.get()
         try:
             ours, theirs = (
-                side.read(name, start, stop, out=bytes_.view(_dtype(side, name)))
+                side.read_array(name, start, stop, out=bytes_.view(_dtype(side, name)))
                 for side, bytes_ in zip((base, tuned), memory, strict=True)
             )
             return stop - start, rule.changes(ours, theirs)
@@ -210,8 +212,11 @@ def one_torch_thread() -> Iterator[None]:
     """Run torch's operations on one thread each: here the chunks run side by side instead.
 
     Threads that wait for each other in every small operation cost more than they save, many times
-    more where the machine is busy.
+    more where the machine is busy. Torch is there only where an adapter is laid over its base.
     """
+    if "torch" not in sys.modules:
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -220,10 +225,8 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    dtype = checkpoint.tensors[name].dtype
-    assert isinstance(dtype, torch.dtype), "unsupported dtypes are refused when opening"
-    return dtype
+def _dtype(checkpoint: Checkpoint, name: str) -> np.dtype[Any]:
+    return array_dtype(checkpoint.tensors[name].dtype)
 
 
 def _record(
@@ -240,14 +243,14 @@ def _metadata(
     base: Checkpoint, tuned: Checkpoint, rule: Rule, names: Sequence[str]
 ) -> dict[str, str]:
     """Say where the mask comes from, with the run's steps and peak learning rate where known."""
-    stored = {_dtype(tuned, n) for n in names}
+    stored = {tuned.tensors[n].dtype for n in names}
     compared = {comparison_dtype(_dtype(base, n), _dtype(tuned, n)) for n in names}
     metadata = {
         "base_model": base.source,
         "rule": rule.text,
         "source": tuned.source,
-        "precision": _names(stored),
-        "compared_in": _names(compared),
+        "precision": ",".join(sorted(stored)),
+        "compared_in": ",".join(sorted(d.name.replace("uint16", "bfloat16") for d in compared)),
     }
     state = read_json(tuned.path / "trainer_state.json")
     if isinstance(state.get("global_step"), int):
@@ -264,10 +267,6 @@ def _metadata(
     if skipped:
         metadata["skipped"] = json.dumps(skipped)
     return metadata
-
-
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ",".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _check_changed(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from subnet_ft.errors import MaskFormatError
-from subnet_ft.storage.indices import check_indices, index_dtype
-from subnet_ft.storage.safetensors_writer import tensor_bytes
+from subnet_ft.storage.arrays import array_dtype, bf16_bits, to_array
+from subnet_ft.storage.indices import check_indices, index_dtype, index_name
+from subnet_ft.storage.lazy import torch
+from subnet_ft.storage.safetensors_writer import array_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("indices", "bitmap")
 
@@ -20,7 +24,7 @@ class Checksum:
 
     Example:
         >>> pieces = Checksum()
-        >>> pieces.update(torch.ones(2)), pieces.update(torch.ones(1))
+        >>> pieces.update(np.ones(2)), pieces.update(np.ones(1))
         (None, None)
         >>> pieces.hexdigest() == checksum(torch.ones(3))
         True
@@ -30,9 +34,9 @@ class Checksum:
         """Start with no values."""
         self._hash = hashlib.blake2b(digest_size=8)
 
-    def update(self, values: Tensor) -> None:
-        """Add values: any shape, any floating dtype, in row-major order."""
-        self._hash.update(tensor_bytes(values.detach().cpu().to(torch.bfloat16)))
+    def update(self, values: np.ndarray) -> None:
+        """Add values: (n,) floating point, or uint16 that holds bfloat16 (see `arrays`)."""
+        self._hash.update(array_bytes(bf16_bits(values)))
 
     def hexdigest(self) -> str:
         """Return 16 hex digits."""
@@ -46,7 +50,7 @@ def checksum(values: Tensor) -> str:
         values: (nnz,) floating point; hashed as bfloat16.
     """
     pieces = Checksum()
-    pieces.update(values)
+    pieces.update(to_array(values.cpu().to(torch.bfloat16)))
     return pieces.hexdigest()
 
 
@@ -57,7 +61,7 @@ def bitmap_bytes(numel: int) -> int:
 
 def index_kind(nnz: int, numel: int) -> str:
     """Return "indices" or "bitmap", whichever takes fewer bytes for this many indices."""
-    width = index_dtype(numel).itemsize
+    width = array_dtype(index_name(numel)).itemsize
     return "indices" if nnz * width <= bitmap_bytes(numel) else "bitmap"
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from subnet_ft.errors import MaskFormatError
+from subnet_ft.storage.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def index_name(numel: int) -> str:
+    """Return the name of the dtype that holds flat indices of a parameter of this size."""
+    return "int32" if numel < 2**31 else "int64"
 
 
 def index_dtype(numel: int) -> torch.dtype:
     """Return the dtype of indices into a parameter: int32 while numel < 2**31, else int64."""
-    return torch.int32 if numel < 2**31 else torch.int64
+    dtype: torch.dtype = getattr(torch, index_name(numel))
+    return dtype
 
 
 def check_indices(name: str, indices: Tensor, numel: int) -> Tensor:

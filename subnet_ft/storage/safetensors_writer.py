@@ -13,25 +13,16 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from subnet_ft.errors import ConfigError
+from subnet_ft.storage.arrays import SAFETENSORS_NAMES, array_dtype, to_array
 
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # More than any entry takes besides its name: a dtype, up to 8 sizes, two offsets.
 _ENTRY_BYTES = 320
 
@@ -44,9 +35,14 @@ def header_bytes(keys: Iterable[str], metadata: Mapping[str, str]) -> int:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without copying them."""
-    if not tensor.numel():  # no view as bytes exists
+    return array_bytes(to_array(tensor))
+
+
+def array_bytes(array: np.ndarray) -> memoryview:
+    """Return the bytes of a contiguous array without copying them."""
+    if not array.size:  # no view as bytes exists
         return memoryview(b"")
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    return array.reshape(-1).view(np.uint8).data
 
 
 class SafetensorsWriter:
@@ -112,12 +108,13 @@ class SafetensorsWriter:
         self._file.seek(8 + self._reserve + self._start)
         self._file.truncate()
 
-    def finish(self, key: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        """Make the bytes written since the last `finish` a tensor."""
-        assert self._size == math.prod(shape) * dtype.itemsize, (key, self._size, shape)
+    def finish(self, key: str, dtype: str, shape: Sequence[int]) -> None:
+        """Make the bytes written since the last `finish` a tensor of a dtype given by name."""
+        expected = math.prod(shape) * array_dtype(dtype).itemsize
+        assert self._size == expected, (key, self._size, shape)
         end = self._start + self._size
         self._entries[key] = {
-            "dtype": DTYPE_NAMES[dtype],
+            "dtype": SAFETENSORS_NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [self._start, end],
         }
@@ -126,7 +123,7 @@ class SafetensorsWriter:
     def add(self, key: str, tensor: Tensor) -> None:
         """Append a whole tensor."""
         self.write(tensor_bytes(tensor))
-        self.finish(key, tensor.dtype, tuple(tensor.shape))
+        self.finish(key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
     def _write_header(self) -> None:
         entries = dict(self._entries)

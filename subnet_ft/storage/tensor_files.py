@@ -7,26 +7,31 @@ import math
 import os
 import pickle
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from subnet_ft.errors import CheckpointError
-from subnet_ft.storage.safetensors_writer import DTYPE_NAMES, tensor_bytes
+from subnet_ft.storage.arrays import SAFETENSORS_NAMES, array_dtype, to_array, to_tensor
+from subnet_ft.storage.lazy import torch
+from subnet_ft.storage.safetensors_writer import array_bytes
 
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {stored: name for name, stored in SAFETENSORS_NAMES.items()}
 
 
 class TensorInfo(NamedTuple):
     """Shape and stored dtype of a tensor.
 
-    The dtype is a name, such as "F8_E4M3", where this library does not handle it.
+    The dtype is torch's name of it, or the file's own, such as "F8_E4M3", where this library does
+    not handle it.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | str
+    dtype: str
 
     @property
     def numel(self) -> int:
@@ -40,22 +45,28 @@ class TensorFile(Protocol):
     path: Path
     tensors: dict[str, TensorInfo]
 
-    def read(self, key: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return elements [start, stop) of the flat tensor as a (stop - start,) tensor.
+    def read_array(
+        self, key: str, start: int, stop: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return elements [start, stop) of the flat tensor as a (stop - start,) array.
 
         Args:
             key: name of the tensor in the file.
             start: first element, row-major.
             stop: one past the last element.
-            out: (>= stop - start,) of the stored dtype, reused as memory of the result.
+            out: (>= stop - start,) of `arrays.array_dtype`, reused as memory of the result.
 
         Raises:
             CheckpointError: the data cannot be read.
         """
         ...
 
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of the flat tensor as a (stop - start,) tensor."""
+        return to_tensor(self.read_array(key, start, stop), self.tensors[key].dtype)
 
-class SafetensorsFile:
+
+class SafetensorsFile(TensorFile):
     """A safetensors file, read with plain reads.
 
     Not memory-mapped: mapped pages would count as this process's memory, and grow with the model.
@@ -72,7 +83,7 @@ class SafetensorsFile:
         self.path = path
         try:
             # The library's own checks: sizes, overlaps, file length.
-            with safe_open(path, "pt"):
+            with safe_open(path, "np"):
                 pass
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except (SafetensorError, OSError) as error:
@@ -95,12 +106,13 @@ class SafetensorsFile:
         if hasattr(self, "_fd"):
             os.close(self._fd)
 
-    def read(self, key: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return elements [start, stop); see `TensorFile.read`."""
-        dtype = self.tensors[key].dtype
-        assert isinstance(dtype, torch.dtype), "unsupported dtypes are refused before reading"
-        values = torch.empty(stop - start, dtype=dtype) if out is None else out[: stop - start]
-        target = tensor_bytes(values)
+    def read_array(
+        self, key: str, start: int, stop: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return elements [start, stop); see `TensorFile.read_array`."""
+        dtype = array_dtype(self.tensors[key].dtype)
+        values = np.empty(stop - start, dtype) if out is None else out[: stop - start]
+        target = array_bytes(values)
         offset = self._offsets[key] + start * dtype.itemsize
         done = 0
         while done < len(target):
@@ -114,7 +126,7 @@ class SafetensorsFile:
         return values
 
 
-class BinFile:
+class BinFile(TensorFile):
     """A `.bin` file of `torch.save`, memory-mapped; only tensors are ever unpickled.
 
     Args:
@@ -134,18 +146,15 @@ class BinFile:
                 f"{path}: expected a torch.save file of tensors only (zip format), got "
                 f"{first_line(error)}; save it as safetensors."
             ) from error
-        if not isinstance(loaded, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
-        ):
+        items = loaded.items() if isinstance(loaded, dict) else [(None, loaded)]
+        if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in items):
             raise CheckpointError(
                 f"{path}: expected a dictionary of tensors, got something else; "
                 "save the model's state_dict."
             )
         self._loaded: dict[str, Tensor] = loaded
         self.tensors = {
-            key: TensorInfo(
-                tuple(value.shape), value.dtype if value.dtype in DTYPE_NAMES else str(value.dtype)
-            )
+            key: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
             for key, value in loaded.items()
         }
 
@@ -153,10 +162,15 @@ class BinFile:
         """Return where a tensor begins in memory: the same for tensors that are tied."""
         return self._loaded[key].data_ptr()
 
-    def read(self, key: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return elements [start, stop); see `TensorFile.read`."""
-        values = self._loaded[key].reshape(-1)[start:stop]
-        return values.clone() if out is None else out[: stop - start].copy_(values)
+    def read_array(
+        self, key: str, start: int, stop: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return elements [start, stop); see `TensorFile.read_array`."""
+        values = to_array(self._loaded[key].reshape(-1)[start:stop])
+        if out is None:
+            return values.copy()
+        out[: stop - start] = values
+        return out[: stop - start]
 
 
 def open_tensor_file(path: Path) -> TensorFile:
