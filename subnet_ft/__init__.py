@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from subnet_ft.extract import extract_mask
     from subnet_ft.mask import SubnetMask
     from subnet_ft.merge import merge_checkpoint
+    from subnet_ft.optim import SubnetAdamW
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "SubnetAdamW": "subnet_ft.optim",
     "SubnetCallback": "subnet_ft.callback",
     "SubnetConfig": "subnet_ft.adapter",
     "SubnetError": "subnet_ft.errors",
@@ -30,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "SubnetAdamW",
     "SubnetCallback",
     "SubnetConfig",
     "SubnetError",

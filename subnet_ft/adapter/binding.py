@@ -55,7 +55,10 @@ class Bind(torch.autograd.Function):
         sidecar.check_live(ctx.live)
         compact: list[torch.Tensor | None] = []
         for subnet, needed in zip(sidecar.subnets(ctx.live), ctx.needs_input_grad[2:], strict=True):
-            part = ops.gather(gradient, subnet.indices) if needed else None
+            part = None
+            if needed:
+                part = torch.empty_like(subnet.values)
+                ops.gather(gradient, subnet.indices, part)
             if part is not None and subnet.offmask is not None:
                 subnet.offmask.observe(gradient, part)
             compact.append(part)

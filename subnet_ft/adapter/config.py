@@ -4,6 +4,7 @@ from dataclasses import InitVar, dataclass, field
 from os import PathLike
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
@@ -14,6 +15,7 @@ from subnet_ft.selectors import SELECTORS
 # The recipe of an adapter that came from a file: its entries are in the file, not drawn anew.
 FROM_FILE = "file"
 CLIPS = ("compact", "dense")
+VALUES_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -33,6 +35,8 @@ class SubnetConfig(PeftConfig):
             linear layers without the output head). Default: all of a mask; ``"all-linear"`` for a
             selector.
         exclude: Regular expression(s) of names to leave out.
+        values_dtype: ``"float32"``, or ``"bfloat16"`` on a bf16 base, where values then equal the
+            weight's own entries; needs `subnet_ft.SubnetAdamW` with ``master="residual"``.
         clip: ``"compact"``: gradient clipping sees the norm of the masked gradient. ``"dense"``: it
             sees the norm of the whole gradient of the masked parameters, as full finetuning's
             clipping does; exact without gradient accumulation.
@@ -55,6 +59,9 @@ class SubnetConfig(PeftConfig):
     )
     exclude: list[str] | str | None = field(
         default=None, metadata={"help": "Regexes of parameter names to leave out."}
+    )
+    values_dtype: str = field(
+        default="float32", metadata={"help": 'Of the values: "float32" or "bfloat16".'}
     )
     clip: str = field(
         default="compact", metadata={"help": 'Gradient norm clipping sees: "compact" or "dense".'}
@@ -93,6 +100,10 @@ class SubnetConfig(PeftConfig):
             )
         if not 0 < self.density <= 1 and self.selector != FROM_FILE:
             raise ConfigError(f"density: expected a share in (0, 1], found {self.density}")
+        if self.values_dtype not in VALUES_DTYPES:
+            raise ConfigError(
+                f"values_dtype: expected one of {VALUES_DTYPES}, found {self.values_dtype!r}"
+            )
         if self.clip not in CLIPS:
             raise ConfigError(f"clip: expected one of {CLIPS}, found {self.clip!r}")
         if self.bias != "none":
@@ -105,6 +116,11 @@ class SubnetConfig(PeftConfig):
                     f"{name}: expected None, found {getattr(self, name)!r}; a subnetwork is chosen "
                     "by parameter name: use include= and exclude="
                 )
+
+    @property
+    def entry_options(self) -> dict[str, Any]:
+        """What `subnet_ft.adapter.inject.attach` needs to know: dtype, offmask."""
+        return {"dtype": getattr(torch, self.values_dtype), "offmask": self.clip == "dense"}
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 from subnet_ft import ops
 from subnet_ft.adapter.binding import bind_owner, release_owner, sidecar_of
 from subnet_ft.adapter.layer import SubnetLayer, read_entries
-from subnet_ft.errors import MaskMismatchError, UnsupportedError
+from subnet_ft.errors import ConfigError, MaskMismatchError, UnsupportedError
 from subnet_ft.storage.codec import checksum
 
 _CHILD = "subnet_"  # sidecar of `q_proj.weight`: the child `q_proj.subnet_weight`
@@ -54,6 +54,7 @@ def plan(
     mask: Mapping[str, torch.Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     checksums: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
 ) -> list[Entries]:
     """Check a mask against a model, touching nothing, and read the base's values at its entries.
 
@@ -62,8 +63,10 @@ def plan(
         mask: Parameter name -> (nnz,) indices; only names with entries.
         shapes: Parameter name -> the shape the mask was made for.
         checksums: Parameter name -> checksum of the base's values at the entries, where known.
+        dtype: What the values shall have.
 
     Raises:
+        ConfigError: bfloat16 values for a weight that is not bfloat16.
         MaskMismatchError: It is empty, names other parameters, has other shapes, or was taken from
             a base with other values at its entries (compared in bf16).
         UnsupportedError: A masked weight cannot be edited in place.
@@ -90,6 +93,11 @@ def plan(
             raise MaskMismatchError(
                 f"{name}: mask was made for shape {tuple(shapes[name])}, weight is "
                 f"{tuple(weight.shape)}; extract the mask from this base model"
+            )
+        if dtype == torch.bfloat16 != weight.dtype:
+            raise ConfigError(
+                f'values_dtype="bfloat16": expected a bf16 base, found {weight.dtype} in {name}; '
+                'load the base in bf16 or use values_dtype="float32"'
             )
         indices = mask[name].to(weight.device, ops.INDEX_DTYPE)
         layer = sidecar_of(module, leaf)
@@ -122,7 +130,9 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise UnsupportedError(f"{name}: expected a loaded, contiguous weight, found {state}")
 
 
-def attach(entries: Entries, adapter: str, *, offmask: bool = False) -> SubnetLayer:
+def attach(
+    entries: Entries, adapter: str, *, dtype: torch.dtype = torch.float32, offmask: bool = False
+) -> SubnetLayer:
     """Give an adapter its entries of one parameter, on a sidecar made at the first call."""
     module, leaf = entries.owners[0]
     layer = sidecar_of(module, leaf)
@@ -131,7 +141,7 @@ def attach(entries: Entries, adapter: str, *, offmask: bool = False) -> SubnetLa
         module.add_module(_CHILD + leaf, layer)
         for owner, owner_leaf in entries.owners:
             bind_owner(owner, owner_leaf, layer)
-    layer.add(adapter, entries.indices, entries.originals, offmask=offmask)
+    layer.add(adapter, entries.indices, entries.originals, dtype=dtype, offmask=offmask)
     return layer
 
 

@@ -120,7 +120,13 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         return entries
 
     def add(
-        self, adapter: str, indices: torch.Tensor, originals: torch.Tensor, *, offmask: bool = False
+        self,
+        adapter: str,
+        indices: torch.Tensor,
+        originals: torch.Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        offmask: bool = False,
     ) -> None:
         """Give ``adapter`` entries of its own, starting at the base's values.
 
@@ -128,12 +134,13 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             adapter: Name of the adapter; entries it already has are replaced.
             indices: (nnz,) int64, strictly increasing flat positions.
             originals: (nnz,) the base's values there, in the weight's dtype.
+            dtype: Of the values.
             offmask: Serve ``clip="dense"``.
         """
         self._write(())
         leaf = "bias" if self.owners[0][1] == "bias" else "weight"
         self.subnet_ft_values[adapter] = Subnet(
-            leaf, indices, originals, len(self.owners) if offmask else 0
+            leaf, indices, originals, dtype, len(self.owners) if offmask else 0
         )
         self.sync()
 
@@ -247,5 +254,5 @@ def _compose(weight: torch.Tensor, subnets: list[Subnet]) -> tuple[torch.Tensor,
     """
     indices, position = torch.cat([s.indices for s in subnets]).unique(return_inverse=True)
     values = ops.gather(weight, indices)
-    deltas = torch.cat([s.values.detach() - s.originals.float() for s in subnets])
+    deltas = torch.cat([s.values.detach().float() - s.originals.float() for s in subnets])
     return indices, values.index_add_(0, position, deltas)

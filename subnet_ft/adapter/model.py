@@ -61,7 +61,7 @@ class SubnetModel(BaseTuner):
         trained = [(p, p.requires_grad) for p in model.parameters()]
         guard(model)
         for one in entries:
-            attach(one, adapter_name, offmask=config.clip == "dense")
+            attach(one, adapter_name, **config.entry_options)
         self.targeted_parameter_names += [
             one.name for one in entries if one.name not in self.targeted_parameter_names
         ]
@@ -87,6 +87,7 @@ class SubnetModel(BaseTuner):
                 for layer in sidecar_layers(model)
                 if (subnet := layer.subnet(copied)) is not None
             ]
+        dtype = config.entry_options["dtype"]
         whole = saved_whole(model, config.modules_to_save)
         if config._mask is not None:
             mask = filter_mask(model, config._mask, config.include, config.exclude)
@@ -94,14 +95,14 @@ class SubnetModel(BaseTuner):
             chosen = {name: mask[name] for name in mask if name not in whole}
             if left_out := len(mask) - len(chosen):
                 logger.info("%d masked parameters are in modules_to_save: whole", left_out)
-            return plan(model, chosen, mask.shapes, mask.checksums)
+            return plan(model, chosen, mask.shapes, mask.checksums, dtype)
         if config.selector == FROM_FILE:
             return []  # the adapter file, about to be loaded, names its entries
         shapes = target_shapes(model, config.include, config.exclude)
         shapes = {name: shape for name, shape in shapes.items() if name not in whole}
         mask = SELECTORS[config.selector](shapes, config.density, config.seed)
         config._source, config._shapes = dict(mask.metadata), shapes
-        return plan(model, mask, shapes, {})
+        return plan(model, mask, shapes, {}, dtype)
 
     def _same_recipe(self, model: nn.Module, config: SubnetConfig) -> str | None:
         attached = {name for layer in sidecar_layers(model) for name in layer.subnet_ft_values}

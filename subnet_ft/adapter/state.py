@@ -111,14 +111,14 @@ def unpack(
         indices[name] = _indices(rest, name, shapes[name], record["nnz"])
     root: nn.Module = getattr(model, "get_base_model", lambda: model)()
     current = {layer.name: layer for layer in sidecar_layers(root) if layer.subnet(adapter)}
-    entries = plan(root, indices, shapes, checksums)
+    entries = plan(root, indices, shapes, checksums, config.entry_options["dtype"])
     for one in entries:
         present = current.get(one.name)
         subnet = present.subnet(adapter) if present else None
         # An unchanged set keeps its parameter: an optimizer may hold it already.
         if subnet and torch.equal(subnet.indices, one.indices):
             continue
-        layer = attach(one, adapter, offmask=config.clip == "dense")
+        layer = attach(one, adapter, **config.entry_options)
         layer._disable_adapters = any(other.disable_adapters for other in current.values())
         active: Any = getattr(model, "active_adapters", [adapter])
         layer.set_adapter(active() if callable(active) else list(active))

@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
 )
 
 from subnet_ft.adapter.layer import ALIVE, SubnetLayer
-from subnet_ft.errors import UnsupportedError
+from subnet_ft.errors import ConfigError, UnsupportedError
 
 # Their update of an entry depends on the shape of its weight, which compact values do not have.
 SHAPE_DEPENDENT = ("adafactor", "muon", "lamb", "galore", "apollo", "lomo", "shampoo", "soap")
@@ -49,8 +49,15 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             f"{type(optimizer).__name__}, whose update depends on the shape of the weight; "
             "choose another optim"
         )
+    lossless = getattr(optimizer, "master", None) == "residual"
     for layer in layers:
         for subnet in layer.subnets():
+            if subnet.values.dtype == torch.bfloat16 and not lossless:
+                raise ConfigError(
+                    f"{layer.name}: bf16 values lose small updates: expected SubnetAdamW("
+                    f'master="residual"), found {type(optimizer).__name__}; use that, or '
+                    'values_dtype="float32"'
+                )
             if subnet.offmask is not None:
                 subnet.offmask.scalar.grad = None  # clipping has seen it; nothing trains it
 

@@ -21,6 +21,7 @@ class Subnet(nn.Module):
             from weight decay by name apply; else ``"weight"``.
         indices: (nnz,) int64, strictly increasing flat positions.
         originals: (nnz,) the base's entries, in the weight's dtype.
+        dtype: Of the values; bfloat16 only where the weight is.
         offmask_uses: Give gradient clipping the norm of the dense gradient of a parameter used in
             this many places; 0: do not.
     """
@@ -29,12 +30,17 @@ class Subnet(nn.Module):
     originals: torch.Tensor
 
     def __init__(
-        self, leaf: str, indices: torch.Tensor, originals: torch.Tensor, offmask_uses: int = 0
+        self,
+        leaf: str,
+        indices: torch.Tensor,
+        originals: torch.Tensor,
+        dtype: torch.dtype,
+        offmask_uses: int = 0,
     ) -> None:
         super().__init__()
         self.leaf = leaf
         # Absolute weights, not deltas: replay is exact, and decay means what it means in full runs.
-        self.register_parameter(leaf, nn.Parameter(originals.to(torch.float32, copy=True)))
+        self.register_parameter(leaf, nn.Parameter(originals.to(dtype, copy=True)))
         # Not persistent: FSDP's loader cannot shard buffers, and the adapter file packs indices.
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("originals", originals, persistent=False)
@@ -43,7 +49,7 @@ class Subnet(nn.Module):
 
     @property
     def values(self) -> nn.Parameter:
-        """The trainable entries, (nnz,) float32."""
+        """The trainable entries, (nnz,) float32 or bfloat16."""
         values = self._parameters[self.leaf]
         assert values is not None
         return values
