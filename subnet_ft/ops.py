@@ -1,15 +1,18 @@
 """The one door to the operations on masked tensors.
 
-``BACKENDS`` holds every implementation by name; ``backend()`` tells which one serves a device.
-Today that is the torch twin on every device.
+Two implementations under the same names: ``"torch"``, the twins, and ``"triton"``, the kernels.
+`backend` tells which one serves; that is torch on every device until the kernels have been measured
+on one. ``impl=`` forces either.
 """
+
+from types import ModuleType
 
 import torch
 
+import subnet_kernels
 from subnet_ft.errors import ConfigError
-from subnet_kernels import reference
 
-BACKENDS = {"torch": reference}
+BACKENDS = {"torch": "twins", "triton": "jitted"}
 INDEX_DTYPE = torch.int64  # torch's index_copy_ takes nothing smaller
 
 
@@ -28,6 +31,11 @@ def backend(name: str | None = None) -> str:
     return chosen
 
 
+def _serving(impl: str | None) -> ModuleType:
+    module: ModuleType = getattr(subnet_kernels, BACKENDS[backend(impl)])
+    return module
+
+
 def gather(
     dense: torch.Tensor,
     indices: torch.Tensor,
@@ -37,11 +45,13 @@ def gather(
     impl: str | None = None,
 ) -> torch.Tensor:
     """Read entries of a dense tensor into a compact one: ``subnet_kernels.reference.gather``."""
-    return BACKENDS[backend(impl)].gather(dense, indices, out, accumulate)
+    result: torch.Tensor = _serving(impl).gather(dense, indices, out, accumulate)
+    return result
 
 
 def scatter_(
     dense: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, *, impl: str | None = None
 ) -> torch.Tensor:
     """Write compact values into a dense tensor: ``subnet_kernels.reference.scatter_``."""
-    return BACKENDS[backend(impl)].scatter_(dense, indices, values)
+    result: torch.Tensor = _serving(impl).scatter_(dense, indices, values)
+    return result

@@ -1,0 +1,89 @@
+"""gather and scatter_ as torch operators, so that torch.compile keeps a full graph around them.
+
+Torch twin on the CPU, Triton kernel on a GPU. The namespace is this package's name: a copy loaded
+under another one registers operators of its own and leaves these alone.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+NAMESPACE = "".join(c if c.isalnum() else "_" for c in __name__.rpartition(".")[0])
+GPUS = ("cuda", "xpu")  # PyTorch calls AMD's cuda
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather", mutates_args=(), device_types="cpu")
+def gather(dense: Tensor, indices: Tensor) -> Tensor:
+    """Return the entries of a dense tensor at `indices`: `reference.gather`.
+
+    Args:
+        dense: any shape, float32|bfloat16|float16, contiguous.
+        indices: (nnz,) int32|int64, flat positions in `dense`.
+
+    Returns:
+        (nnz,) float32.
+    """
+    return reference.gather(dense, indices)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather_into", mutates_args=("out",), device_types="cpu")
+def gather_into(dense: Tensor, indices: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """Write the entries of a dense tensor at `indices` into `out`, or add them to it.
+
+    Args:
+        dense: any shape, float32|bfloat16|float16, contiguous.
+        indices: (nnz,) int32|int64, flat positions in `dense`.
+        out: (nnz,) float32|bfloat16|float16, contiguous; changed in place.
+        accumulate: add instead of overwriting.
+    """
+    reference.gather(dense, indices, out, accumulate)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scatter_", mutates_args=("dense",), device_types="cpu")
+def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write compact values into a dense tensor at `indices`: `reference.scatter_`.
+
+    Args:
+        dense: any shape, float32|bfloat16|float16, contiguous; changed at `indices` only.
+        indices: (nnz,) int32|int64, flat positions in `dense`, none twice.
+        values: (nnz,) float32|bfloat16|float16, contiguous.
+    """
+    reference.scatter_(dense, indices.long(), values)
+
+
+@gather.register_fake
+def _(dense: Tensor, indices: Tensor) -> Tensor:
+    return dense.new_empty(indices.shape, dtype=torch.float32)
+
+
+@gather_into.register_fake
+def _(dense: Tensor, indices: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    return None
+
+
+@scatter_.register_fake
+def _(dense: Tensor, indices: Tensor, values: Tensor) -> None:
+    return None
+
+
+# Triton is imported when a kernel is first wanted.
+@gather.register_kernel(GPUS)
+def _(dense: Tensor, indices: Tensor) -> Tensor:
+    from . import jitted
+
+    return jitted.gather(dense, indices)
+
+
+@gather_into.register_kernel(GPUS)
+def _(dense: Tensor, indices: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    from . import jitted
+
+    jitted.gather(dense, indices, out, accumulate)
+
+
+@scatter_.register_kernel(GPUS)
+def _(dense: Tensor, indices: Tensor, values: Tensor) -> None:
+    from . import jitted
+
+    jitted.scatter_(dense, indices, values)
