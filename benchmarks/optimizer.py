@@ -190,7 +190,7 @@ def storage_bytes() -> int:
     """Summed bytes of every storage a live tensor holds."""
     storages = {}
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and not item.is_meta:
+        if type(item) in (torch.Tensor, nn.Parameter) and not item.is_meta:
             storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -55,10 +55,12 @@ class SubnetCallback(TrainerCallback):
     ) -> None:
         self.config = mask if isinstance(mask, SubnetConfig) else SubnetConfig(mask=mask)
         self.save_merged = None if save_merged is None else Path(save_merged)
-        if self.save_merged is not None and self.save_merged.exists():
+        self._check_save_merged()
+        if self.config.modules_to_save or self.config.trainable_token_indices:
             raise ConfigError(
-                f"save_merged: expected a new directory, found {self.save_merged}; "
-                "move it or choose another"
+                "SubnetCallback: expected masked entries alone, found modules_to_save or "
+                "trainable_token_indices, which its checkpoints cannot hold; use "
+                "peft_config=SubnetConfig(...)"
             )
         self.density = 0.0
         self._sums: dict[str, int] = {}
@@ -112,7 +114,15 @@ class SubnetCallback(TrainerCallback):
                 " before they existed; pass the callback to the Trainer's constructor and no "
                 "optimizers="
             )
+        self._check_save_merged()
         self._sums = off_mask_sums(model)
+
+    def _check_save_merged(self) -> None:
+        if self.save_merged is not None and self.save_merged.exists():
+            raise ConfigError(
+                f"save_merged: expected a new directory, found {self.save_merged}; "
+                "move it or choose another"
+            )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -33,7 +33,7 @@ def random(shapes: Mapping[str, tuple[int, ...]], density: float, seed: int = 0)
         density: Share in (0, 1]; at least one entry of each parameter is kept.
         seed: Seed of the draw.
     """
-    counts = {name: max(1, round(density * prod(s))) for name, s in shapes.items()}
+    counts = {name: min(prod(s), max(1, round(density * prod(s)))) for name, s in shapes.items()}
     return _draw(shapes, counts, seed, {"selector": "random", "seed": str(seed)})
 
 

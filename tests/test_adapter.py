@@ -1,5 +1,6 @@
 """PEFT's verbs on a subnetwork: each leaves exactly the right bits in the weights."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from subnet_ft import SubnetConfig
+from subnet_ft import SubnetConfig, SubnetError
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.checkpoints.adapter_mask import open_mask_or_adapter
 from subnet_ft.mask import SubnetMask
@@ -382,3 +383,85 @@ def test_peft_knows_the_type(code: str) -> None:
     root = Path(__file__).parents[1]
     path = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'kernels/torch-ext')!r}]; "
     subprocess.run([sys.executable, "-c", path + code], check=True)
+
+
+def test_a_second_mask_replaces_the_first() -> None:
+    model = tiny_llama()
+    base = snapshot(model)
+    whole = random_mask(model)
+    first = peft.get_peft_model(model, SubnetConfig(mask=whole.filter(r".*layers\.0.*")))
+    train(first)
+    second_mask = whole.filter(r".*layers\.1.*")
+    second = peft.get_peft_model(first.get_base_model(), SubnetConfig(mask=second_mask))
+    trained = {layer.name for layer in sidecar_layers(second) if layer.subnets()}
+    assert trained == set(second_mask)
+    train(second)
+    assert_off_mask_untouched(base, base_weights(second), second_mask)
+
+
+@pytest.mark.parametrize("live", ["default", "other", "none"])
+def test_load_state_dict_leaves_only_what_is_live(live: str) -> None:
+    model, _, base = attached()
+    model.add_adapter("other", SubnetConfig(mask=random_mask(tiny_llama(), 0.2, seed=1)))
+    train(model)
+    trained, state = base_weights(model), copy.deepcopy(model.state_dict())
+    if live == "none":
+        with model.disable_adapter():
+            model.load_state_dict(state)
+            assert_weights(model, base)
+    else:
+        model.set_adapter(live)
+        model.load_state_dict(state)
+        assert_weights(model, trained if live == "default" else base)
+    model.set_adapter("default")
+    assert_weights(model, trained)
+
+
+def test_loading_while_disabled_stays_disabled(tmp_path: Path) -> None:
+    model, _, base = attached()
+    train(model)
+    trained = base_weights(model)
+    model.save_pretrained(tmp_path)
+    fresh = peft.get_peft_model(tiny_llama(), SubnetConfig(density=0.05))
+    with fresh.disable_adapter():
+        fresh.load_adapter(tmp_path, "again")
+        assert_weights(fresh, base)
+    fresh.set_adapter("again")
+    assert_weights(fresh, trained)
+
+
+def test_a_cast_to_the_weight_s_own_dtype_keeps_the_values() -> None:
+    model, _, _ = attached(torch.bfloat16)
+    train(model, lr=1e-4)
+    values = {layer.name: layer.subnets()[0].values.clone() for layer in sidecar_layers(model)}
+    model.to(torch.bfloat16)
+    for layer in sidecar_layers(model):
+        assert_same_bits(values[layer.name], layer.subnets()[0].values, layer.name)
+
+
+def test_a_refused_cast_casts_nothing() -> None:
+    model = tiny_llama()
+    mask = random_mask(model).filter(r".*down_proj.*")
+    model = peft.get_peft_model(model, SubnetConfig(mask=mask))
+    for cast in (model.half, model.get_base_model().half):
+        with pytest.raises(SubnetError, match="cast the base model before"):
+            cast()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_merging_while_disabled_merges() -> None:
+    model, _, _ = attached()
+    train(model)
+    trained = base_weights(model)
+    with model.disable_adapter():
+        merged = model.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        assert_same_bits(trained[name], parameter.detach(), name)
+
+
+def test_naming_an_adapter_twice_counts_it_once() -> None:
+    model, _, _ = attached()
+    train(model)
+    trained = base_weights(model)
+    model.base_model.set_adapter(["default", "default"])
+    assert_weights(model, trained)

@@ -196,7 +196,7 @@ BAD_INPUT = {
     "infinity": (edited(lambda w: w[NAME].view(-1)[5:6].fill_(-math.inf)), "found -inf"),
     "version 4 experts": (
         edited(lambda w: w.update({"model.layers.0.mlp.experts.0.w1.weight": torch.ones(2)})),
-        "fused experts",
+        "one tensor for all experts",
     ),
     "pickled file": (pickled, "tensors only"),
     "existing output": (existing_output, "does not exist, found one"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from subnet_ft import SubnetCallback, SubnetConfig, SubnetError
 from subnet_ft.adapter.inject import sidecar_layers
@@ -180,6 +182,44 @@ def resumed_with_another_mask(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=True)
 
 
+def config_without_its_mask(tmp_path: Path) -> None:
+    config = replace(SubnetConfig(mask=random_mask(tiny_llama())), clip="dense")
+    peft.get_peft_model(tiny_llama(), config)(tokens())
+
+
+def adapter_loaded_by_transformers(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    attach(model).save_pretrained(tmp_path / "adapter")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")(tokens())
+
+
+def tied_head_in_modules_to_save(tmp_path: Path) -> None:
+    attach(modules_to_save=["lm_head"])
+
+
+def tokens_of_a_masked_embedding(tmp_path: Path) -> None:
+    attach(trainable_token_indices=[5, 6])
+
+
+def module_saved_whole_over_a_masked_one(tmp_path: Path) -> None:
+    attach().add_adapter("other", SubnetConfig(density=0.1, modules_to_save=["up_proj"]))
+
+
+def callback_with_modules_to_save(tmp_path: Path) -> None:
+    SubnetCallback(SubnetConfig(density=0.1, modules_to_save=["lm_head"]))
+
+
+def weight_replaced_by_a_plain_tensor(tmp_path: Path) -> None:
+    norm = attach().get_base_model().model.norm
+    del norm._parameters["weight"]  # as nn.DataParallel's replicas
+    norm.weight = torch.zeros(64)
+
+
+def float64_base(tmp_path: Path) -> None:
+    attach(tiny_llama(torch.float64))
+
+
 CASES: list[tuple[Callable[[Path], None], str]] = [
     (mask_of_another_model, "mask of another model"),
     (mask_of_another_shape, r"made for shape \(32,\), weight is \(64,\)"),
@@ -207,6 +247,14 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (callback_on_a_peft_model, "either the callback or"),
     (callback_into_an_existing_directory, "expected a new directory"),
     (resumed_with_another_mask, "another mask"),
+    (config_without_its_mask, "has no entries"),
+    (adapter_loaded_by_transformers, "has no entries"),
+    (tied_head_in_modules_to_save, "one or the other"),
+    (tokens_of_a_masked_embedding, "one or the other"),
+    (module_saved_whole_over_a_masked_one, "one or the other"),
+    (callback_with_modules_to_save, "cannot hold"),
+    (weight_replaced_by_a_plain_tensor, "DataParallel"),
+    (float64_base, "expected fp32, bf16 or fp16"),
 ]
 
 

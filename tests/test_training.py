@@ -204,7 +204,7 @@ def test_no_second_copy_of_the_model() -> None:
 def _storage_bytes() -> int:
     storages = {}
     for item in gc.get_objects():
-        if isinstance(item, torch.Tensor) and not item.is_meta:
+        if type(item) in (torch.Tensor, torch.nn.Parameter) and not item.is_meta:
             storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from subnet_ft import ops
+from subnet_ft.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from subnet_ft.adapter.layer import SubnetLayer
@@ -95,13 +96,20 @@ def _original_class(owner: nn.Module) -> type:
 def _bound_class(original: type, leaves: frozenset[str]) -> type:
     key = (original, leaves)
     if key not in _classes:
-        members: dict[str, Any] = {leaf: property(_reader(leaf)) for leaf in leaves}
+        members: dict[str, Any] = {leaf: property(_reader(leaf), _refuse) for leaf in leaves}
         # Prints, error messages and name checks should show the class the user knows.
         members |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
         _classes[key] = type(
             original.__name__, (original,), members | {"_subnet_original": original}
         )
     return _classes[key]
+
+
+def _refuse(owner: nn.Module, value: Any) -> None:
+    raise UnsupportedError(
+        f"{type(owner).__name__}: expected a Parameter for a masked weight, found "
+        f"{type(value).__name__} (nn.DataParallel sets such); start several processes instead"
+    )
 
 
 def _reader(leaf: str) -> Any:

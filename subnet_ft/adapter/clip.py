@@ -44,6 +44,10 @@ class OffMaskNorm:
         """The parameter whose gradient is the norm, shape ()."""
         return self.subnet.get_parameter(NAME)
 
+    def forget(self) -> None:
+        """Drop what backward left: clipping has seen it, and nothing trains the scalar."""
+        self.scalar.grad = self._sum = None
+
     def observe(self, gradient: torch.Tensor, compact: torch.Tensor) -> None:
         """Take in the gradient of one use, dense and compact; called from within backward."""
         if self.uses == 1:

@@ -39,7 +39,8 @@ class SubnetConfig(PeftConfig):
             weight's own entries; needs `subnet_ft.SubnetAdamW` with ``master="residual"``.
         clip: ``"compact"``: gradient clipping sees the norm of the masked gradient. ``"dense"``: it
             sees the norm of the whole gradient of the masked parameters, as full finetuning's
-            clipping does; exact without gradient accumulation.
+            clipping does; exact without gradient accumulation, in one process, where each module
+            runs once a forward pass.
         modules_to_save: Modules trained and saved whole beside the adapter, as in all of PEFT.
 
     Raises:
@@ -89,6 +90,7 @@ class SubnetConfig(PeftConfig):
         # Plain attributes, not fields: a saved config is a recipe and holds neither path nor mask.
         self._mask = SubnetMask.load(mask) if isinstance(mask, str | PathLike) else mask
         self._source: dict[str, str] = {} if self._mask is None else dict(self._mask.metadata)
+        self._pending = False  # waits for an adapter file to name its entries
         # Every targeted parameter, those without an entry too: what the density is a share of.
         self._shapes: dict[str, tuple[int, ...]] = {}
         if self._mask is not None:

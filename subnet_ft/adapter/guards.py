@@ -1,20 +1,31 @@
-"""Two methods of a transformers model that must know about an attached adapter."""
+"""What a base model must know about an attached adapter: casts, resizes, ties, empty adapters."""
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from subnet_ft.errors import UnsupportedError
+from subnet_ft.adapter.inject import sidecar_layers
+from subnet_ft.errors import ConfigError, UnsupportedError
+
+_HOOK = "_subnet_hooks"
 
 
 def guard(root: nn.Module) -> None:
-    """Refuse resizing embeddings, and let weights be tied as the parameters they are.
+    """Refuse casts and resizes, tie weights as the parameters they are, expect entries to run with.
 
     Args:
         root: The base model; methods it does not have are left alone.
     """
+    if _HOOK in root.__dict__:
+        return
+    root.__dict__[_HOOK] = (
+        root.register_forward_pre_hook(_expect_entries),
+        root.register_load_state_dict_post_hook(_rewrite_after_load),
+    )
+    root.__dict__["_apply"] = MethodType(_checked_apply, root)
     if hasattr(root, "resize_token_embeddings"):
         root.__dict__["resize_token_embeddings"] = _refuse_resize
     if hasattr(root, "tie_weights"):
@@ -23,8 +34,32 @@ def guard(root: nn.Module) -> None:
 
 def unguard(root: nn.Module) -> None:
     """Undo `guard`."""
-    for name in ("resize_token_embeddings", "tie_weights"):
+    if _HOOK in root.__dict__:
+        for hook in root.__dict__.pop(_HOOK):
+            hook.remove()
+    for name in ("_apply", "resize_token_embeddings", "tie_weights"):
         root.__dict__.pop(name, None)
+
+
+def _checked_apply(root: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any) -> Any:
+    for layer in sidecar_layers(root):  # all before the first module is cast
+        layer.check_cast(fn)
+    return type(root)._apply(root, fn, *args)
+
+
+def _rewrite_after_load(root: nn.Module, incompatible_keys: Any) -> None:
+    for layer in sidecar_layers(root):  # a tied weight is loaded again by its later uses
+        layer.rewrite()
+
+
+def _expect_entries(root: nn.Module, args: Any) -> None:
+    configs = getattr(root, "peft_config", {})
+    waiting = [name for name, config in configs.items() if getattr(config, "_pending", False)]
+    if waiting:
+        raise ConfigError(
+            f"adapter {waiting[0]!r} has no entries: expected a mask, or an adapter file loaded by "
+            "PEFT, found neither; use SubnetConfig(mask=...) or peft.PeftModel.from_pretrained"
+        )
 
 
 def _refuse_resize(*args: Any, **kwargs: Any) -> None:

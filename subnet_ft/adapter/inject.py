@@ -123,7 +123,7 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
             f"{name}: expected a floating-point weight, found {weight.dtype}; a quantized base "
             "cannot be edited in place, load it in bf16"
         )
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedError(f"{name}: expected fp32, bf16 or fp16, found {weight.dtype}")
     if weight.is_meta or not weight.is_contiguous():
         state = "a weight on the meta device" if weight.is_meta else f"strides {weight.stride()}"

@@ -48,7 +48,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter: str | list[str] = []
         self.live = ((), 0)
-        self.register_load_state_dict_post_hook(_flush_after_load)
+        self.register_load_state_dict_post_hook(_rewrite_after_load)
         ALIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             wanted: tuple[str, ...] = ()
         else:
             wanted = tuple(self.merged_adapters or cast(list[str], self.active_adapters))
-        wanted = tuple(adapter for adapter in wanted if adapter in self.subnet_ft_values)
+        wanted = tuple(name for name in dict.fromkeys(wanted) if name in self.subnet_ft_values)
         if wanted != self.live[0]:
             self._write(wanted)
 
@@ -161,6 +161,15 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         """
         self._write(self.live[0])
         self.live = (self.live[0], self.live[1] + 1)
+
+    def rewrite(self) -> None:
+        """Make the weight hold what is live, whatever was written into it.
+
+        A loaded weight holds what was live when it was saved, which need not be live now.
+        """
+        for subnet in self.subnets((tuple(self.subnet_ft_values), 0)):
+            ops.scatter_(self.weight.data, subnet.indices, subnet.originals)
+        self.flush()
 
     def _write(self, adapters: tuple[str, ...]) -> None:
         weight = self.weight.data
@@ -215,14 +224,28 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.sync()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def check_cast(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Refuse a conversion that would change the weight's dtype.
+
+        Raises:
+            UnsupportedError: It would.
+        """
         weight = self.weight
-        if fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype != weight.dtype:
+        if fn(weight.data.new_empty(0)).dtype != weight.dtype:
             raise UnsupportedError(
                 f"{self.name}: expected dtype {weight.dtype} to stay, found a cast; "
                 "cast the base model before attaching the adapter"
             )
-        return super()._apply(fn, recurse)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self.check_cast(fn)
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            # A cast to the weight's dtype is none for the model, but would round the values.
+            like = fn(tensor.data.new_empty(0))
+            return fn(tensor) if like.dtype == tensor.dtype else tensor.to(like.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -242,8 +265,8 @@ def read_entries(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return ops.gather(weight, indices, out)
 
 
-def _flush_after_load(layer: SubnetLayer, incompatible_keys: Any) -> None:
-    layer.flush()
+def _rewrite_after_load(layer: SubnetLayer, incompatible_keys: Any) -> None:
+    layer.rewrite()
 
 
 def _compose(weight: torch.Tensor, subnets: list[Subnet]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from subnet_ft.adapter.config import FROM_FILE, SubnetConfig
 from subnet_ft.adapter.guards import guard, unguard
 from subnet_ft.adapter.inject import Entries, attach, detach, plan, sidecar_layers
 from subnet_ft.adapter.layer import SubnetLayer
-from subnet_ft.adapter.targets import filter_mask, saved_whole, target_shapes
+from subnet_ft.adapter.targets import check_enclosed, filter_mask, saved_whole, target_shapes
 from subnet_ft.selectors import SELECTORS
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,14 @@ class SubnetModel(BaseTuner):
         step_hooks.install()
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
-        entries = self._entries(model, config)
+        entries = self._entries(model, config, adapter_name)
+        check_enclosed(model, config, entries)
         first = not any(True for _ in sidecar_layers(model))
         trained = [(p, p.requires_grad) for p in model.parameters()]
         guard(model)
+        for layer in sidecar_layers(model):
+            if layer.subnet(adapter_name):  # wrapped before under this name, now replaced
+                layer.delete_adapter(adapter_name)
         for one in entries:
             attach(one, adapter_name, **config.entry_options)
         self.targeted_parameter_names += [
@@ -78,9 +82,9 @@ class SubnetModel(BaseTuner):
             for parameter, requires_grad in trained:
                 parameter.requires_grad = requires_grad
 
-    def _entries(self, model: nn.Module, config: SubnetConfig) -> list[Entries]:
+    def _entries(self, model: nn.Module, config: SubnetConfig, adapter_name: str) -> list[Entries]:
         """Find an adapter's entries: another adapter's, the mask's, a selector's or none yet."""
-        copied = self._same_recipe(model, config)
+        copied = self._same_recipe(model, config, adapter_name)
         if copied is not None:  # as TRL's "ref": same entries, nothing to read or draw again
             return [
                 Entries(layer.name, list(layer.owners), subnet.indices, subnet.originals)
@@ -96,17 +100,19 @@ class SubnetModel(BaseTuner):
             if left_out := len(mask) - len(chosen):
                 logger.info("%d masked parameters are in modules_to_save: whole", left_out)
             return plan(model, chosen, mask.shapes, mask.checksums, dtype)
-        if config.selector == FROM_FILE:
-            return []  # the adapter file, about to be loaded, names its entries
+        if config.selector == FROM_FILE or config.inference_mode:
+            config._pending = True  # the adapter file, about to be loaded, names its entries
+            return []
         shapes = target_shapes(model, config.include, config.exclude)
         shapes = {name: shape for name, shape in shapes.items() if name not in whole}
         mask = SELECTORS[config.selector](shapes, config.density, config.seed)
         config._source, config._shapes = dict(mask.metadata), shapes
         return plan(model, mask, shapes, {}, dtype)
 
-    def _same_recipe(self, model: nn.Module, config: SubnetConfig) -> str | None:
+    def _same_recipe(self, model: nn.Module, config: SubnetConfig, adapter_name: str) -> str | None:
         attached = {name for layer in sidecar_layers(model) for name in layer.subnet_ft_values}
-        return next((n for n in attached if self.peft_config.get(n) is config), None)
+        others = attached - {adapter_name}
+        return next((n for n in others if self.peft_config.get(n) is config), None)
 
     def flush(self) -> None:
         """Write the live values into the weights, after they were changed by hand.
@@ -134,6 +140,7 @@ class SubnetModel(BaseTuner):
         layers = list(sidecar_layers(self.model))
         if merge:
             for layer in layers:
+                layer._disable_adapters = False  # merging means it, also inside disable_adapter
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         detach(layers, keep_values=merge)
         unguard(self.model)

@@ -111,6 +111,8 @@ def unpack(
         indices[name] = _indices(rest, name, shapes[name], record["nnz"])
     root: nn.Module = getattr(model, "get_base_model", lambda: model)()
     current = {layer.name: layer for layer in sidecar_layers(root) if layer.subnet(adapter)}
+    before = list(sidecar_layers(root))
+    disabled = any(layer.disable_adapters for layer in before)
     entries = plan(root, indices, shapes, checksums, config.entry_options["dtype"])
     for one in entries:
         present = current.get(one.name)
@@ -119,7 +121,8 @@ def unpack(
         if subnet and torch.equal(subnet.indices, one.indices):
             continue
         layer = attach(one, adapter, **config.entry_options)
-        layer._disable_adapters = any(other.disable_adapters for other in current.values())
+        if layer not in before:
+            layer._disable_adapters = disabled
         active: Any = getattr(model, "active_adapters", [adapter])
         layer.set_adapter(active() if callable(active) else list(active))
         layer.subnet_ft_values[adapter].requires_grad_(not config.inference_mode)
@@ -127,7 +130,7 @@ def unpack(
         current[name].delete_adapter(adapter)
     detach([lay for lay in current.values() if not lay.subnet_ft_values], keep_values=False)
     config._source = {k: v for k, v in header.items() if isinstance(v, str)}
-    config._shapes = shapes
+    config._shapes, config._pending = shapes, False
     for layer in sidecar_layers(root):
         if (subnet := layer.subnet(adapter)) and subnet.offmask:
             rest[entry_key(layer.name, clip.NAME)] = subnet.offmask.scalar.data

@@ -15,8 +15,19 @@ from torch.optim.optimizer import (
 from subnet_ft.adapter.layer import ALIVE, SubnetLayer
 from subnet_ft.errors import ConfigError, UnsupportedError
 
-# Their update of an entry depends on the shape of its weight, which compact values do not have.
-SHAPE_DEPENDENT = ("adafactor", "muon", "lamb", "galore", "apollo", "lomo", "shampoo", "soap")
+# Their update of an entry depends on the shape of its weight, which compact values do not have, or
+# (L-BFGS) they run the model in the middle of a step.
+SHAPE_DEPENDENT = (
+    "lbfgs",
+    "adafactor",
+    "muon",
+    "lamb",
+    "galore",
+    "apollo",
+    "lomo",
+    "shampoo",
+    "soap",
+)
 
 _installed = False
 
@@ -46,8 +57,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if any(word in name for word in SHAPE_DEPENDENT):
         raise UnsupportedError(
             f"expected an elementwise optimizer (AdamW, SGD, Lion, ...), found "
-            f"{type(optimizer).__name__}, whose update depends on the shape of the weight; "
-            "choose another optim"
+            f"{type(optimizer).__name__}, whose update depends on the shape of the weight "
+            "or runs the model within a step; choose another optim"
         )
     lossless = getattr(optimizer, "master", None) == "residual"
     for layer in layers:
@@ -59,7 +70,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                     'values_dtype="float32"'
                 )
             if subnet.offmask is not None:
-                subnet.offmask.scalar.grad = None  # clipping has seen it; nothing trains it
+                subnet.offmask.forget()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,13 +1,19 @@
 """Which parameters ``include`` and ``exclude`` mean on a given model."""
 
 import re
+from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from subnet_ft.adapter.inject import base_parameters
+from subnet_ft.adapter.inject import Entries, base_parameters, sidecar_layers
+from subnet_ft.errors import ConfigError
 from subnet_ft.mask import SubnetMask
 from subnet_ft.names import Patterns, select_names
+
+if TYPE_CHECKING:
+    from subnet_ft.adapter.config import SubnetConfig
 
 
 def saved_whole(root: nn.Module, modules_to_save: list[str] | None) -> set[str]:
@@ -22,6 +28,41 @@ def saved_whole(root: nn.Module, modules_to_save: list[str] | None) -> set[str]:
         if endings and prefix.endswith(endings)
         for leaf, _ in module.named_parameters()
     }
+
+
+def check_enclosed(root: nn.Module, config: "SubnetConfig", entries: list[Entries]) -> None:
+    """Refuse masked weights inside modules that PEFT is about to wrap and copy.
+
+    Raises:
+        ConfigError: ``modules_to_save`` or ``trainable_token_indices`` cover a masked weight, also
+            as the other use of a tied one, or ``clip="dense"`` would see one rank's norm only.
+    """
+    if config.clip == "dense" and dist.is_available() and dist.is_initialized():
+        if dist.get_world_size() > 1:
+            raise ConfigError(
+                'clip="dense": expected one process, found several, each of which would clip by '
+                'its own norm; use clip="compact"'
+            )
+    endings = tuple(config.modules_to_save or ())
+    tokens = config.trainable_token_indices
+    if tokens:
+        endings += tuple(tokens) if isinstance(tokens, dict) else ("embed_tokens", "wte")
+    wrapped = {
+        id(inner): name
+        for name, module in root.named_modules()
+        if endings and name.endswith(endings)
+        for inner in module.modules()
+    }
+    masked = [(entry.name, entry.owners) for entry in entries]
+    masked += [(layer.name, list(layer.owners)) for layer in sidecar_layers(root)]
+    for name, owners in masked:
+        for module, _ in owners:
+            if id(module) in wrapped:
+                raise ConfigError(
+                    f"{name} is masked, and {wrapped[id(module)]} trains whole or by token: "
+                    "expected one or the other; exclude it from the mask or from modules_to_save "
+                    "/ trainable_token_indices"
+                )
 
 
 def target_shapes(

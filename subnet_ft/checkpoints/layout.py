@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from subnet_ft.errors import UnsupportedError
 from subnet_ft.storage.arrays import FLOATING, SAFETENSORS_NAMES
 from subnet_ft.storage.tensor_files import BinFile, TensorFile, TensorInfo
 
+_CHUNK = 1 << 22
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
                "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
 # Buffers that old checkpoints store although the model computes them.
@@ -25,8 +28,8 @@ def not_a_parameter(source: str, key: str, info: TensorInfo) -> str | None:
     """Say why a stored tensor is no parameter, or raise for one that cannot be handled."""
     if _EXPERT.fullmatch(key):
         raise UnsupportedError(
-            f"{source}: {key}: expected fused experts as transformers 5 names them, found one "
-            "tensor per expert (the version 4 layout); load and save it with transformers 5."
+            f"{source}: {key}: expected one tensor for all experts of a layer, as the model holds "
+            "them, found one per expert, as checkpoints store them; this version does not map them."
         )
     if _QUANTIZED.fullmatch(key):
         raise UnsupportedError(
@@ -69,9 +72,28 @@ def tied_aliases(
         heads = [key for key in parameters if _last_two(key) == "lm_head.weight"]
         for head in heads or ["lm_head.weight"]:
             shape = parameters[head].shape if heads else None
-            if embedding and shape in (None, parameters[embedding].shape):
+            if embedding and (
+                shape is None
+                or (
+                    shape == parameters[embedding].shape
+                    and _same_data(locations[head], head, locations[embedding], embedding)
+                )
+            ):
                 aliases[head] = embedding
     return aliases
+
+
+def _same_data(a: TensorFile, a_key: str, b: TensorFile, b_key: str) -> bool:
+    """Tell whether two stored tensors agree: transformers 5 does not tie a head that differs."""
+    info = a.tensors[a_key]
+    return info == b.tensors[b_key] and all(
+        np.array_equal(
+            a.read_array(a_key, start, stop).view(np.uint8),
+            b.read_array(b_key, start, stop).view(np.uint8),
+        )
+        for start in range(0, info.numel, _CHUNK)
+        for stop in [min(start + _CHUNK, info.numel)]
+    )
 
 
 def _last_two(key: str) -> str:
