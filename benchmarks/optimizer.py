@@ -72,6 +72,7 @@ def phase_times() -> list[dict[str, Any]]:
     rows = []
     for density in DENSITIES:
         for state, options in (("fp32", {}), ("8-bit, residual", SMALL)):
+            gc.collect()  # the model before this one is a cycle
             config = SubnetConfig(
                 density=density,
                 include="all",

@@ -36,6 +36,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     owners: tuple[tuple[nn.Module, str], ...]
     merged_adapters: list[str]
     live: Live
+    live_subnets: list[Subnet]  # those of `live`, at hand for every optimizer step
     _disable_adapters: bool
 
     def __init__(self, name: str, owners: Sequence[tuple[nn.Module, str]]) -> None:
@@ -48,6 +49,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter: str | list[str] = []
         self.live = ((), 0)
+        self.live_subnets = []
         self.register_load_state_dict_post_hook(_rewrite_after_load)
         ALIVE.add(self)
 
@@ -177,7 +179,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             for subnet in self.subnets():
                 ops.scatter_(weight, subnet.indices, subnet.originals)
         self.live = (adapters, self.live[1])
-        subnets = self.subnets()
+        subnets = self.live_subnets = self.subnets()
         if len(subnets) == 1:
             ops.scatter_(weight, subnets[0].indices, subnets[0].values.detach())
         elif subnets:

@@ -5,6 +5,7 @@ accelerate. Version counters would not do: fused optimizers change values withou
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim.optimizer import (
@@ -30,6 +31,7 @@ SHAPE_DEPENDENT = (
 )
 
 _installed = False
+_stepping: WeakKeyDictionary[torch.optim.Optimizer, list[SubnetLayer]] = WeakKeyDictionary()
 
 
 def install() -> None:
@@ -45,12 +47,14 @@ def _stepped(optimizer: torch.optim.Optimizer) -> list[SubnetLayer]:
     """Return the sidecars whose live values this optimizer holds."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [
-        layer for layer in ALIVE if any(id(subnet.values) in held for subnet in layer.subnets())
+        layer
+        for layer in ALIVE
+        if any(id(subnet._parameters[subnet.leaf]) in held for subnet in layer.live_subnets)
     ]
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers = _stepped(optimizer)
+    layers = _stepping[optimizer] = _stepped(optimizer)
     if not layers:
         return
     name = type(optimizer).__name__.lower()
@@ -62,7 +66,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         )
     lossless = getattr(optimizer, "master", None) == "residual"
     for layer in layers:
-        for subnet in layer.subnets():
+        for subnet in layer.live_subnets:
             if subnet.values.dtype == torch.bfloat16 and not lossless:
                 raise ConfigError(
                     f"{layer.name}: bf16 values lose small updates: expected SubnetAdamW("
@@ -74,5 +78,5 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for layer in _stepped(optimizer):
+    for layer in _stepping.pop(optimizer, []):
         layer.flush()
