@@ -5,6 +5,7 @@ Two implementations under the same names: ``"torch"``, the twins, and ``"triton"
 on one. ``impl=`` forces either.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -47,6 +48,17 @@ def gather(
     """Read entries of a dense tensor into a compact one: ``subnet_kernels.reference.gather``."""
     result: torch.Tensor = _serving(impl).gather(dense, indices, out, accumulate)
     return result
+
+
+def scatter_many_(
+    denses: Sequence[torch.Tensor],
+    indices: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    *,
+    impl: str | None = None,
+) -> None:
+    """Do `scatter_` of many tensors on one device: ``subnet_kernels.reference_multi``."""
+    _serving(impl).scatter_many_(denses, indices, values)
 
 
 def scatter_(

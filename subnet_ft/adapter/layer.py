@@ -161,8 +161,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
 
         The optimizer hook and loading do this by themselves; call it after writing values by hand.
         """
-        self._write(self.live[0])
-        self.live = (self.live[0], self.live[1] + 1)
+        flush_all([self])
 
     def rewrite(self) -> None:
         """Make the weight hold what is live, whatever was written into it.
@@ -265,6 +264,26 @@ def read_entries(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Gather ``weight.flatten()[indices]`` in the weight's own dtype."""
     out = torch.empty(indices.numel(), dtype=weight.dtype, device=weight.device)
     return ops.gather(weight, indices, out)
+
+
+def flush_all(layers: Sequence[SubnetLayer]) -> None:
+    """Do `SubnetLayer.flush` of many layers, in one pass over all of their weights.
+
+    Args:
+        layers: All on one device.
+    """
+    single = [layer for layer in layers if len(layer.live_subnets) == 1]
+    subnets = [layer.live_subnets[0] for layer in single]
+    ops.scatter_many_(
+        [layer.weight.data for layer in single],
+        [subnet.indices for subnet in subnets],
+        [subnet.values.detach() for subnet in subnets],
+    )
+    for layer in layers:
+        adapters, written = layer.live
+        if len(adapters) > 1:
+            layer._write(adapters)
+        layer.__dict__["live"] = (adapters, written + 1)  # nn.Module's way in takes 5 us
 
 
 def _rewrite_after_load(layer: SubnetLayer, incompatible_keys: Any) -> None:

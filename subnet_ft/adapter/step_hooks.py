@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from subnet_ft.adapter.layer import ALIVE, SubnetLayer
+from subnet_ft.adapter.layer import ALIVE, SubnetLayer, flush_all
 from subnet_ft.errors import ConfigError, UnsupportedError
 
 # Their update of an entry depends on the shape of its weight, which compact values do not have, or
@@ -78,5 +78,4 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for layer in _stepping.pop(optimizer, []):
-        layer.flush()
+    flush_all(_stepping.pop(optimizer, []))
