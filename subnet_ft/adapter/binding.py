@@ -42,6 +42,8 @@ class Bind(torch.autograd.Function):
             autograd then no longer guards, ``sidecar.check_live`` does.
         """
         ctx.sidecar, ctx.live = sidecar, sidecar.live
+        # A compiled graph would be compiled anew for every count: there the check is left out.
+        ctx.written = None if torch.compiler.is_compiling() else sidecar.written
         return weight.data
 
     @staticmethod
@@ -53,7 +55,8 @@ class Bind(torch.autograd.Function):
         """
         (gradient,) = gradients
         sidecar: SubnetLayer = ctx.sidecar
-        sidecar.check_live(ctx.live)
+        if ctx.written is not None:
+            sidecar.check_live(ctx.live, ctx.written)
         compact: list[torch.Tensor | None] = []
         for subnet, needed in zip(sidecar.subnets(ctx.live), ctx.needs_input_grad[2:], strict=True):
             part = None

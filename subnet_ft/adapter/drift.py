@@ -32,7 +32,7 @@ def off_mask_sums(root: nn.Module) -> dict[str, int]:
         total = _sum(bits.view(-1))
         if name in layers:
             adapters = tuple(layers[name].subnet_ft_values)
-            indices = torch.cat([s.indices for s in layers[name].subnets((adapters, 0))])
+            indices = torch.cat([s.indices for s in layers[name].subnets(adapters)])
             if len(adapters) > 1:
                 indices = indices.unique()
             total -= sum(_sum(bits.view(-1)[part]) for part in indices.split(_CHUNK))
