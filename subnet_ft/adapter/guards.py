@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from subnet_ft.adapter import early_stop
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.errors import ConfigError, UnsupportedError
 
@@ -30,6 +31,7 @@ def guard(root: nn.Module) -> None:
         root.__dict__["resize_token_embeddings"] = _refuse_resize
     if hasattr(root, "tie_weights"):
         root.__dict__["tie_weights"] = MethodType(_tie_raw, root)
+    early_stop.install(root)
 
 
 def unguard(root: nn.Module) -> None:
@@ -39,6 +41,7 @@ def unguard(root: nn.Module) -> None:
             hook.remove()
     for name in ("_apply", "resize_token_embeddings", "tie_weights"):
         root.__dict__.pop(name, None)
+    early_stop.uninstall(root)
 
 
 def _checked_apply(root: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any) -> Any:
