@@ -7,6 +7,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from subnet_ft.errors import ConfigError
+from subnet_ft.gradient_release import Release
 from subnet_kernels import reference_adamw as small
 
 STATE_BITS = (32, 8)
@@ -29,9 +30,12 @@ class SubnetAdamW(torch.optim.Optimizer):
             bit. 8: moments in blocks of 256 one-byte codes, at any size.
         master: ``"fp32"``: the values themselves are fp32. ``"residual"``: for
             ``SubnetConfig(values_dtype="bfloat16")``; a signed byte keeps what rounding loses.
+        release_gradients: Step each parameter within backward and drop its gradient; `step` then
+            only closes the step. One process, no clipping, accumulation or GradScaler.
 
     Raises:
         ConfigError: An option outside what is listed, or values that do not suit ``master``.
+        UnsupportedError: Gradients are read that were released.
 
     Example:
         >>> trainer.optimizer_cls_and_kwargs = (SubnetAdamW, {"lr": 1e-5})  # doctest: +SKIP
@@ -47,6 +51,7 @@ class SubnetAdamW(torch.optim.Optimizer):
         *,
         state_bits: int = 32,
         master: str = "fp32",
+        release_gradients: bool = False,
     ) -> None:
         if state_bits not in STATE_BITS:
             raise ConfigError(f"state_bits: expected one of {STATE_BITS}, found {state_bits!r}")
@@ -61,6 +66,10 @@ class SubnetAdamW(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
+        self.release_gradients = release_gradients
+        if release_gradients:
+            held = [p for group in self.param_groups for p in group["params"]]
+            self._release = Release(held, self._step_now)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,14 +82,25 @@ class SubnetAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            stepped = [p for p in group["params"] if p.grad is not None]
-            if self.state_bits == 32 and self.master == "fp32":
-                self._fused_step(stepped, group)
-            else:
-                for parameter in stepped:
-                    self._small_step(parameter, group)
+        if not self.release_gradients:
+            for group in self.param_groups:
+                self._step_group([p for p in group["params"] if p.grad is not None], group)
         return loss
+
+    def _step_now(self, parameter: torch.Tensor) -> None:
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        self._step_group([parameter], group)
+
+    def _step_group(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        if self.state_bits == 32 and self.master == "fp32":
+            self._fused_step(parameters, group)
+        else:
+            for parameter in parameters:
+                self._small_step(parameter, group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; released ones cannot be zeroed in place."""
+        super().zero_grad(set_to_none or self.release_gradients)
 
     def _fused_step(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

@@ -24,6 +24,7 @@ ORDER = [
     {"extract", "merge", "selectors"},
     {"analysis"},
     {"adapter"},
+    {"gradient_release"},
     {"optim"},
     {"callback"},
     {"cli"},

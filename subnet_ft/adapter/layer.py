@@ -16,6 +16,7 @@ from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedErro
 # Every sidecar alive, so that one optimizer hook can find whose values were stepped.
 ALIVE: WeakSet["SubnetLayer"] = WeakSet()
 
+
 class SubnetLayer(nn.Module, BaseTunerLayer):
     """Keeps one parameter of the base equal to its active adapter, entry by entry, in place.
 

@@ -78,4 +78,6 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    flush_all(_stepping.pop(optimizer, []))
+    layers = _stepping.pop(optimizer, [])
+    if not getattr(optimizer, "release_gradients", False):  # else each was written when stepped
+        flush_all(layers)
