@@ -12,6 +12,7 @@ import torch
 
 import subnet_kernels
 from subnet_ft.errors import ConfigError
+from subnet_kernels import _ops
 
 BACKENDS = {"torch": "twins", "triton": "jitted"}
 INDEX_DTYPE = torch.int64  # torch's index_copy_ takes nothing smaller
@@ -47,6 +48,16 @@ def gather(
 ) -> torch.Tensor:
     """Read entries of a dense tensor into a compact one: ``subnet_kernels.reference.gather``."""
     result: torch.Tensor = _serving(impl).gather(dense, indices, out, accumulate)
+    return result
+
+
+def weight_grad(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Compute a linear layer's weight gradient at its entries alone, in torch on every device.
+
+    See ``subnet_kernels.reference_weight_grad.weight_grad``; as an operator, which
+    ``torch.compile`` does not look into.
+    """
+    result: torch.Tensor = _ops.weight_grad(dy, x, indices)
     return result
 
 

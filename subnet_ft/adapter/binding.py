@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from subnet_ft import ops
+from subnet_ft.adapter.linear import is_linear, linear_forward
 from subnet_ft.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -39,11 +40,9 @@ class Bind(torch.autograd.Function):
         Returns:
             ``weight.data``: the same storage with a version counter of its own, so that writes into
             the weight between forward and backward (a reference model's pass) are legal; what
-            autograd then no longer guards, ``sidecar.check_live`` does.
+            autograd then no longer guards, ``sidecar.recall`` does.
         """
-        ctx.sidecar, ctx.live = sidecar, sidecar.live
-        # A compiled graph would be compiled anew for every count: there the check is left out.
-        ctx.written = None if torch.compiler.is_compiling() else sidecar.written
+        ctx.sidecar, ctx.mark = sidecar, sidecar.mark()
         return weight.data
 
     @staticmethod
@@ -55,10 +54,9 @@ class Bind(torch.autograd.Function):
         """
         (gradient,) = gradients
         sidecar: SubnetLayer = ctx.sidecar
-        if ctx.written is not None:
-            sidecar.check_live(ctx.live, ctx.written)
         compact: list[torch.Tensor | None] = []
-        for subnet, needed in zip(sidecar.subnets(ctx.live), ctx.needs_input_grad[2:], strict=True):
+        subnets = sidecar.recall(ctx.mark)
+        for subnet, needed in zip(subnets, ctx.needs_input_grad[2:], strict=True):
             part = None
             if needed:
                 part = torch.empty_like(subnet.values)
@@ -100,6 +98,8 @@ def _bound_class(original: type, leaves: frozenset[str]) -> type:
     key = (original, leaves)
     if key not in _classes:
         members: dict[str, Any] = {leaf: property(_reader(leaf), _refuse) for leaf in leaves}
+        if "weight" in leaves and is_linear(original):
+            members["forward"] = _linear_forward
         # Prints, error messages and name checks should show the class the user knows.
         members |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
         _classes[key] = type(
@@ -113,6 +113,13 @@ def _refuse(owner: nn.Module, value: Any) -> None:
         f"{type(owner).__name__}: expected a Parameter for a masked weight, found "
         f"{type(value).__name__} (nn.DataParallel sets such); start several processes instead"
     )
+
+
+def _linear_forward(owner: Any, input: torch.Tensor) -> torch.Tensor:
+    sidecar: SubnetLayer = owner.__dict__[_SIDECARS]["weight"]
+    if torch.is_grad_enabled() and sidecar.computes_weight_grad:
+        return linear_forward(owner, input, sidecar)
+    return nn.Linear.forward(owner, input)
 
 
 def _reader(leaf: str) -> Any:

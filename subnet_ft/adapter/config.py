@@ -15,6 +15,7 @@ from subnet_ft.selectors import SELECTORS
 # The recipe of an adapter that came from a file: its entries are in the file, not drawn anew.
 FROM_FILE = "file"
 CLIPS = ("compact", "dense")
+WEIGHT_GRADS = ("dense", "compact")
 VALUES_DTYPES = ("float32", "bfloat16")
 
 
@@ -41,6 +42,9 @@ class SubnetConfig(PeftConfig):
             sees the norm of the whole gradient of the masked parameters, as full finetuning's
             clipping does; exact without gradient accumulation, in one process, where each module
             runs once a forward pass.
+        weight_grad: ``"dense"``: entries are gathered from a layer's dense gradient, bit for bit
+            what full finetuning has there. ``"compact"``: linear layers compute the gradient at the
+            entries alone and never hold a whole dense one; equal up to rounding.
         modules_to_save: Modules trained and saved whole beside the adapter, as in all of PEFT.
 
     Raises:
@@ -66,6 +70,9 @@ class SubnetConfig(PeftConfig):
     )
     clip: str = field(
         default="compact", metadata={"help": 'Gradient norm clipping sees: "compact" or "dense".'}
+    )
+    weight_grad: str = field(
+        default="dense", metadata={"help": 'From the "dense" one (exact), or "compact".'}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole."}
@@ -108,6 +115,15 @@ class SubnetConfig(PeftConfig):
             )
         if self.clip not in CLIPS:
             raise ConfigError(f"clip: expected one of {CLIPS}, found {self.clip!r}")
+        if self.weight_grad not in WEIGHT_GRADS:
+            raise ConfigError(
+                f"weight_grad: expected one of {WEIGHT_GRADS}, found {self.weight_grad!r}"
+            )
+        if self.weight_grad == "compact" and self.clip == "dense":
+            raise ConfigError(
+                'clip="dense" reads the dense gradient: expected weight_grad="dense" with it, '
+                'found "compact"; change either'
+            )
         if self.bias != "none":
             raise ConfigError(
                 f'bias: expected "none", found {self.bias!r}; name biases in the mask or in include'
@@ -121,8 +137,12 @@ class SubnetConfig(PeftConfig):
 
     @property
     def entry_options(self) -> dict[str, Any]:
-        """What `subnet_ft.adapter.inject.attach` needs to know: dtype, offmask."""
-        return {"dtype": getattr(torch, self.values_dtype), "offmask": self.clip == "dense"}
+        """What `subnet_ft.adapter.inject.attach` needs to know."""
+        return {
+            "dtype": getattr(torch, self.values_dtype),
+            "offmask": self.clip == "dense",
+            "compute": self.weight_grad == "compact",
+        }
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

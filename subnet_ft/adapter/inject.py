@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -130,10 +131,14 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise UnsupportedError(f"{name}: expected a loaded, contiguous weight, found {state}")
 
 
-def attach(
-    entries: Entries, adapter: str, *, dtype: torch.dtype = torch.float32, offmask: bool = False
-) -> SubnetLayer:
-    """Give an adapter its entries of one parameter, on a sidecar made at the first call."""
+def attach(entries: Entries, adapter: str, **options: Any) -> SubnetLayer:
+    """Give an adapter its entries of one parameter, on a sidecar made at the first call.
+
+    Args:
+        entries: What `plan` found.
+        adapter: Its name.
+        **options: Of `SubnetLayer.add`.
+    """
     module, leaf = entries.owners[0]
     layer = sidecar_of(module, leaf)
     if layer is None:
@@ -141,7 +146,7 @@ def attach(
         module.add_module(_CHILD + leaf, layer)
         for owner, owner_leaf in entries.owners:
             bind_owner(owner, owner_leaf, layer)
-    layer.add(adapter, entries.indices, entries.originals, dtype=dtype, offmask=offmask)
+    layer.add(adapter, entries.indices, entries.originals, **options)
     return layer
 
 

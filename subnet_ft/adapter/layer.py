@@ -16,6 +16,8 @@ from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedErro
 # Every sidecar alive, so that one optimizer hook can find whose values were stepped.
 ALIVE: WeakSet["SubnetLayer"] = WeakSet()
 
+Mark = tuple[tuple[str, ...], int | None]  # which adapters are live, how often they were written
+
 
 class SubnetLayer(nn.Module, BaseTunerLayer):
     """Keeps one parameter of the base equal to its active adapter, entry by entry, in place.
@@ -78,6 +80,18 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
 
     def bind(self, weight: torch.Tensor) -> torch.Tensor:
         """Attach the live values to ``weight`` for autograd; see `Bind`."""
+        self.check_weight(weight)
+        values = [subnet.values for subnet in self.live_subnets]
+        if not any(v.requires_grad for v in values):
+            return weight
+        return Bind.apply(weight, self, *values)
+
+    def check_weight(self, weight: torch.Tensor) -> None:
+        """Refuse a weight other than the one the entries were made for.
+
+        Raises:
+            SubnetError: It is another one, or has another shape.
+        """
         if weight is not self.weight:
             raise UnsupportedError(
                 f"{self.name}: expected the weight it was tied to, found another one; "
@@ -88,23 +102,33 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: expected shape {self.shape}, found {tuple(weight.shape)}; "
                 "resize embeddings before attaching the adapter"
             )
-        values = [subnet.values for subnet in self.live_subnets]
-        if not any(v.requires_grad for v in values):
-            return weight
-        return Bind.apply(weight, self, *values)
 
-    def check_live(self, live: tuple[str, ...], written: int) -> None:
-        """Raise unless the weight still holds what it held at the forward pass.
+    @property
+    def computes_weight_grad(self) -> bool:
+        """Whether the weight's gradient is computed at its entries alone; see `linear`."""
+        return any(s.values.requires_grad for s in self.live_subnets) and all(
+            s.computes_weight_grad for s in self.live_subnets
+        )
+
+    def mark(self) -> Mark:
+        """Note at the forward pass what a graph relies on."""
+        # A compiled graph would be compiled anew for every count: there the check is left out.
+        return self.live, None if torch.compiler.is_compiling() else self.written
+
+    def recall(self, mark: Mark) -> list[Subnet]:
+        """Return at the backward pass the entries that were live at the forward pass.
 
         Raises:
             StaleGraphError: Adapters were switched or values written in between.
         """
-        if (live, written) != (self.live, self.written):
+        live, written = mark
+        if written is not None and (live, written) != (self.live, self.written):
             raise StaleGraphError(
                 f"{self.name}: the forward pass used adapters {list(live)} (write {written}), "
                 f"backward finds {list(self.live)} (write {self.written}); run backward before "
                 "switching adapters or stepping, or switch back"
             )
+        return self.subnets(live)
 
     def read_base(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the base's own values at ``indices``, whatever is live.
@@ -129,6 +153,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         *,
         dtype: torch.dtype = torch.float32,
         offmask: bool = False,
+        compute: bool = False,
     ) -> None:
         """Give ``adapter`` entries of its own, starting at the base's values.
 
@@ -138,11 +163,12 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             originals: (nnz,) the base's values there, in the weight's dtype.
             dtype: Of the values.
             offmask: Serve ``clip="dense"``.
+            compute: Serve ``weight_grad="compact"``.
         """
         self._write(())
         leaf = "bias" if self.owners[0][1] == "bias" else "weight"
         self.subnet_ft_values[adapter] = Subnet(
-            leaf, indices, originals, dtype, len(self.owners) if offmask else 0
+            leaf, indices, originals, dtype, len(self.owners) if offmask else 0, compute
         )
         self.sync()
 

@@ -23,6 +23,7 @@ SHAPE_DEPENDENT = (
     "adafactor",
     "muon",
     "lamb",
+    "lars",
     "galore",
     "apollo",
     "lomo",

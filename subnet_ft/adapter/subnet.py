@@ -24,6 +24,7 @@ class Subnet(nn.Module):
         dtype: Of the values; bfloat16 only where the weight is.
         offmask_uses: Give gradient clipping the norm of the dense gradient of a parameter used in
             this many places; 0: do not.
+        computes_weight_grad: Have linear layers compute the gradient at these entries alone.
     """
 
     indices: torch.Tensor
@@ -36,8 +37,10 @@ class Subnet(nn.Module):
         originals: torch.Tensor,
         dtype: torch.dtype,
         offmask_uses: int = 0,
+        computes_weight_grad: bool = False,
     ) -> None:
         super().__init__()
+        self.computes_weight_grad = computes_weight_grad
         self.leaf = leaf
         # Absolute weights, not deltas: replay is exact, and decay means what it means in full runs.
         self.register_parameter(leaf, nn.Parameter(originals.to(dtype, copy=True)))

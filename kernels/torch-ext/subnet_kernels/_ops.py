@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference_weight_grad import weight_grad as weight_grad_twin
 
 NAMESPACE = "".join(c if c.isalnum() else "_" for c in __name__.rpartition(".")[0])
 GPUS = ("cuda", "xpu")  # PyTorch calls AMD's cuda
@@ -50,6 +51,27 @@ def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
         values: (nnz,) float32|bfloat16|float16, contiguous.
     """
     reference.scatter_(dense, indices.long(), values)
+
+
+# One implementation for every device: torch's own matrix products run on all of them.
+@torch.library.custom_op(f"{NAMESPACE}::weight_grad", mutates_args=())
+def weight_grad(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """Return a linear layer's weight gradient at `indices`: `reference_weight_grad.weight_grad`.
+
+    Args:
+        dy: (tokens, rows) float32|bfloat16|float16.
+        x: (tokens, cols), same dtype.
+        indices: (nnz,) int32|int64, flat positions in the (rows, cols) weight.
+
+    Returns:
+        (nnz,) float32.
+    """
+    return weight_grad_twin(dy, x, indices)
+
+
+@weight_grad.register_fake
+def _(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    return dy.new_empty(indices.shape, dtype=torch.float32)
 
 
 @gather.register_fake
