@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import torch
 from rich.console import Console
@@ -147,6 +148,15 @@ def state_sizes() -> list[dict[str, Any]]:
         {"what": "LoRA r=16, all linear layers", "bytes": weigh(torch.bfloat16, lora, adamw)},
         {"what": "dense AdamW, fp32 weights", "bytes": weigh(torch.float32, None, adamw)},
         {"what": "dense AdamW, all bf16", "bytes": weigh(torch.bfloat16, None, adamw)},
+        *(
+            {
+                "what": f"dense AdamW, bitsandbytes 8-bit, {name} weights",
+                "bytes": weigh(dtype, None, bitsandbytes.optim.AdamW8bit),
+                # Trainer's adamw_bnb_8bit exempts embeddings: 6 bytes more an embedding's entry.
+                "formula": f"2 {dtype.itemsize} + 2 = {2 * dtype.itemsize + 2}",
+            }
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        ),
         {"what": "dense SGD, bf16", "bytes": weigh(torch.bfloat16, None, torch.optim.SGD)},
         {"what": "FlashOptim AdamW, as documented", "bytes": 7.0},
     ]
