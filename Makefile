@@ -33,6 +33,8 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.extract
 	$(BIN)/python -m benchmarks.optimizer
+	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.small_state
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
