@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from subnet_kernels import adamw, adamw_bitmap, bitmap, gather, scatter  # noqa: E402
+from subnet_kernels import adamw, adamw_bitmap, bitmap, gather, scatter, weight_grad  # noqa: E402
 from subnet_kernels import jitted as jitted  # noqa: E402
 from subnet_kernels._tune import is_interpreted  # noqa: E402
 
@@ -27,6 +27,7 @@ KERNELS = (
     bitmap._scatter_bitmap_kernel,
     gather._gather_kernel,
     scatter._scatter_kernel,
+    weight_grad._weight_grad_kernel,
 )
 assert DEVICE == "cuda" or all(map(is_interpreted, KERNELS)), "kernels imported too early"
 

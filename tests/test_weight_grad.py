@@ -8,10 +8,21 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError
-from subnet_kernels import _ops, reference_weight_grad
+from subnet_kernels import _ops, encoding, reference_weight_grad, twins
 from tests.helpers import assert_off_mask_untouched, random_mask, snapshot, tiny_llama, tokens
+from tests.kernel_helpers import DEVICE, assert_no_worse, jitted, poisoned
 
 SHAPES = [(7, 5, 3), (64, 96, 33), (1, 130, 257), (300, 20, 1)]  # tokens, rows, cols
+
+
+def kept(keep: str, numel: int) -> torch.Tensor:
+    return {
+        "one": torch.tensor([numel // 2]),
+        "last": torch.tensor([numel - 1]),
+        "all": torch.arange(numel),
+        "third": torch.arange(0, numel, 3),
+        "lower half": torch.arange(numel // 2, numel),
+    }[keep]
 
 
 def operands(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,23 +41,56 @@ def test_against_the_dense_gradient(
     monkeypatch.setattr(reference_weight_grad, "CHUNK", 3 * shape[2])  # many chunks
     dy, x = operands(shape, dtype)
     numel = shape[1] * shape[2]
-    indices = {
-        "one": torch.tensor([numel // 2]),
-        "last": torch.tensor([numel - 1]),
-        "all": torch.arange(numel),
-        "third": torch.arange(0, numel, 3),
-        "lower half": torch.arange(numel // 2, numel),
-    }[keep]
+    indices = kept(keep, numel)
     truth = (dy.double().t() @ x.double()).flatten()[indices]
     dense = (dy.t() @ x).flatten()[indices].double()
-    found = reference_weight_grad.weight_grad(
-        dy, x, indices, torch.full((indices.numel(),), torch.nan)
-    )
+    found = twins.weight_grad(dy, x, indices, torch.full((indices.numel(),), torch.nan))
     tolerance = torch.finfo(dtype).eps * truth.abs().max()
     assert (found.double() - truth).abs().max() <= (dense - truth).abs().max() + tolerance
-    twice = reference_weight_grad.weight_grad(dy, x, indices, found.clone(), accumulate=True)
+    twice = twins.weight_grad(dy, x, indices, found.clone(), accumulate=True)
     torch.testing.assert_close(twice, 2 * found)
     assert torch.equal(_ops.weight_grad(dy, x, indices.int()), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", ["one", "last", "all", "third", "lower half"])
+@pytest.mark.parametrize("shape", [(7, 5, 3), (33, 20, 70), (1, 18, 130)], ids=str)
+def test_kernel(shape: tuple[int, int, int], keep: str, dtype: torch.dtype) -> None:
+    """At most the twin's error, but for fp32 rounding of a sum."""
+    dy, x = (t.to(DEVICE) for t in operands(shape, dtype))
+    indices = kept(keep, shape[1] * shape[2]).to(DEVICE)
+    truth = (dy.double().t() @ x.double()).flatten()[indices]
+    twin = twins.weight_grad(dy, x, indices)
+    tiles = encoding.encode_tiles(indices, *shape[1:])
+    found = jitted.weight_grad(dy, x, indices, poisoned(indices.numel()), tiles=tiles)
+    assert_no_worse([truth], [twin], [found], 1e-6)
+    twice = jitted.weight_grad(dy, x, indices.int(), found.clone(), accumulate=True)
+    torch.testing.assert_close(twice, 2 * found)
+
+
+def test_kernel_keeps_a_nan_to_its_row_and_column() -> None:
+    dy, x = (t.to(DEVICE) for t in operands((20, 20, 70), torch.float32))
+    dy[:, 3], x[:, 5] = torch.nan, torch.nan
+    indices = kept("all", 20 * 70).to(DEVICE)
+    found = jitted.weight_grad(dy, x, indices).view(20, 70)
+    expected = torch.zeros(20, 70, dtype=torch.bool, device=DEVICE)
+    expected[3], expected[:, 5] = True, True
+    assert torch.equal(found.isnan(), expected)
+
+
+def test_kernel_refuses_what_it_would_read_wrongly() -> None:
+    dy, x = (t.to(DEVICE) for t in operands((8, 6, 4), torch.float32))
+    index = torch.tensor([0, 5], device=DEVICE)
+    for bad in (
+        (dy.t().contiguous().t(), x, index),
+        (dy, x.half(), index),
+        (dy, x[:4], index),
+        (dy, x, index.float()),
+        (dy, x, index, torch.zeros(3, device=DEVICE)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            jitted.weight_grad(*bad)
+    assert jitted.weight_grad(dy, x, index[:0]).numel() == 0
 
 
 def test_operator() -> None:

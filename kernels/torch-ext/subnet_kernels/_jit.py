@@ -33,6 +33,12 @@ def pointer(row_ptr: tl.tensor, column: tl.constexpr, DTYPE: tl.constexpr) -> tl
 
 
 @triton.jit
+def add(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Return the sum: tl.sum and tl.cumsum run interpreted only if triton was imported so."""
+    return a + b
+
+
+@triton.jit
 def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """Round fp32 to DTYPE, to nearest, ties to even.
 

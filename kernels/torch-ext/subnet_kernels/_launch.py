@@ -138,9 +138,7 @@ def make_group(rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], config:
 
 def run_group(kernel: Any, group: Group, *arguments: Any, **constants: Any) -> None:
     """Launch a kernel over a group, on the group's device."""
-    device = group.table.device
-    on_cpu = device.type == "cpu"  # interpreted
-    with contextlib.nullcontext() if on_cpu else torch.get_device_module(device).device(device):
+    with on_device(group.table.device):
         kernel[(group.tensor_of.numel(),)](
             group.table,
             group.tensor_of,
@@ -150,6 +148,13 @@ def run_group(kernel: Any, group: Group, *arguments: Any, **constants: Any) -> N
             num_warps=group.config.num_warps,
             **constants,
         )
+
+
+def on_device(device: torch.device) -> Any:
+    """Make a device the current one; the CPU, where kernels run interpreted, needs nothing."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
 
 
 def check(columns: Sequence[Column]) -> None:

@@ -7,18 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._jit import converted, find_work, pointer, rounded
+from ._jit import add, converted, find_work, pointer, rounded
 from ._launch import FLOATS, Column, LaunchTable, launch
 from ._tune import Config
 from .encoding import BITMAP_BLOCK, Bitmap, bitmap_bytes
 
 CONFIG = Config(BITMAP_BLOCK, 4)  # the encoding fixes the block
-
-
-@triton.jit
-def _add(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """Return the sum. tl.cumsum would do, but interpreted only if triton was imported so."""
-    return a + b
 
 
 @triton.jit
@@ -31,7 +25,7 @@ def kept_of(
     offs = start + tl.arange(0, BLOCK)
     byte = tl.load(bits_ptr + (offs >> 3), mask=offs < length, other=0).to(tl.int32)
     bit = (byte >> (offs & 7).to(tl.int32)) & 1
-    place = tl.load(offsets_ptr + block) + tl.associative_scan(bit, 0, _add) - 1
+    place = tl.load(offsets_ptr + block) + tl.associative_scan(bit, 0, add) - 1
     return offs, bit != 0, place
 
 

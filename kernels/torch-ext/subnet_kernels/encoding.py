@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TILE_COLS = 64  # columns an offset of `Tiles` covers; a program's tile has as many
 BITMAP_BLOCK = 1024  # elements an offset covers; a program's block
 STRETCH = (
     1 << 20
@@ -25,6 +26,17 @@ class Bitmap(NamedTuple):
 
     `bits` is (8 * ceil(numel / 64),) uint8, `offsets` (ceil(numel / 1024),) int64: entries kept
     before each block.
+    """
+
+    bits: Tensor
+    offsets: Tensor
+
+
+class Tiles(NamedTuple):
+    """A (rows, cols) matrix's bitmap, with offsets for each row of each tile.
+
+    `bits` is as in `Bitmap`; `offsets` (rows * ceil(cols / 64) + 1,) int64: entries kept before
+    each stretch of a row, row by row, and all of them. 0.25 bytes an element.
     """
 
     bits: Tensor
@@ -62,6 +74,22 @@ def encode_bitmap(indices: Tensor, numel: int) -> Bitmap:
     bits.index_add_(0, indices // 8, bit)
     starts = torch.arange(0, numel, BITMAP_BLOCK, dtype=indices.dtype, device=indices.device)
     return Bitmap(bits, torch.searchsorted(indices, starts))
+
+
+def encode_tiles(indices: Tensor, rows: int, cols: int) -> Tiles:
+    """Encode flat indices for `weight_grad`.
+
+    Args:
+        indices: (nnz,) int32|int64, strictly increasing, below rows * cols.
+        rows: of the weight.
+        cols: of the weight.
+    """
+    device = indices.device
+    first = torch.arange(0, cols, TILE_COLS, device=device)
+    starts = (torch.arange(rows, device=device)[:, None] * cols + first).flatten()
+    ends = torch.full((1,), rows * cols, device=device)
+    offsets = torch.searchsorted(indices.long(), torch.cat([starts, ends]))
+    return Tiles(encode_bitmap(indices, rows * cols).bits, offsets)
 
 
 def decode_bitmap(bitmap: Bitmap) -> Tensor:

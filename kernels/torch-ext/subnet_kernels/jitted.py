@@ -5,6 +5,7 @@ from .adamw_bitmap import adamw_bitmap_step_
 from .bitmap import gather_bitmap, gather_bitmap_many, scatter_bitmap_, scatter_bitmap_many_
 from .gather import gather, gather_many
 from .scatter import scatter_, scatter_many_
+from .weight_grad import weight_grad
 
 __all__ = [
     "adamw_bitmap_step_",
@@ -17,4 +18,5 @@ __all__ = [
     "scatter_bitmap_",
     "scatter_bitmap_many_",
     "scatter_many_",
+    "weight_grad",
 ]

@@ -11,7 +11,12 @@ CHUNK = 1 << 20
 
 
 def weight_grad(
-    dy: Tensor, x: Tensor, indices: Tensor, out: Tensor | None = None, accumulate: bool = False
+    dy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    tiles: object = None,
 ) -> Tensor:
     """Compute ``out[i] (+)= sum_t dy[t, r_i] * x[t, c_i]``, where entry i is at (r_i, c_i).
 
@@ -24,6 +29,7 @@ def weight_grad(
         indices: (nnz,) int64|int32, flat positions in the (rows, cols) weight, strictly increasing.
         out: (nnz,) float32; allocated when absent.
         accumulate: Add to ``out`` instead of overwriting it.
+        tiles: The kernel's; unused.
 
     Returns:
         ``out``.

@@ -9,6 +9,7 @@ from .reference_bitmap import (
     scatter_bitmap_many_,
 )
 from .reference_multi import adamw_step_, gather_many, scatter_many_
+from .reference_weight_grad import weight_grad
 
 __all__ = [
     "adamw_bitmap_step_",
@@ -21,4 +22,5 @@ __all__ = [
     "scatter_bitmap_",
     "scatter_bitmap_many_",
     "scatter_many_",
+    "weight_grad",
 ]
