@@ -1,9 +1,10 @@
 """What does every kernel compile to, on GPUs that need not be there?
 
 Each kernel, for each dtype and index type, is compiled for three CUDA architectures and one of
-AMD's, with the largest blocks per thread of its search space. A row holds registers a thread, bytes
-of stack frame, spilled vector and scalar registers and bytes of shared memory. The run fails on a
-stack frame, a vector spill or more shared memory than the device has.
+AMD's, with the largest blocks per thread of its search space, `weight_grad` with all of its. A row
+holds registers a thread, bytes of stack frame, spilled vector and scalar registers and bytes of
+shared memory. The run fails on a stack frame, a vector spill or more shared memory than the device
+has.
 
     python -m benchmarks.aot            # writes benchmarks/results/aot.json
     python -m benchmarks.aot --check    # compares with it instead
@@ -30,8 +31,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from subnet_kernels import adamw, adamw_bitmap, bitmap, gather, scatter
+from subnet_kernels import adamw, adamw_bitmap, bitmap, gather, scatter, weight_grad
 from subnet_kernels._tune import SEARCH, Config
+from subnet_kernels.encoding import TILE_COLS
 
 RESULTS = Path(__file__).parent / "results" / "aot.json"
 KIB = 1024
@@ -42,17 +44,56 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
-FLOATS = (tl.float32, tl.bfloat16, tl.float16)
+FLOATS = {tl.float32: "fp32", tl.bfloat16: "bf16", tl.float16: "fp16"}  # in a signature
 INDICES = (tl.int32, tl.int64)
 HEAVIEST = max(SEARCH, key=lambda config: config.block / config.num_warps)
 
 
+TABLE = {"table_ptr": "*i64", "tensor_of_ptr": "*i32", "scale_ptr": "*fp32"}
+
+
 class Case(NamedTuple):
-    """A kernel with everything that its compilation depends on, the target aside."""
+    """A kernel with everything that its compilation depends on, the target aside.
+
+    `types` are those of its dynamic arguments, `options` the compiler's, `labels` what a row says.
+    """
 
     kernel: Any
     constants: dict[str, Any]
-    config: Config
+    types: dict[str, str]
+    options: dict[str, int]
+    labels: dict[str, Any]
+
+
+def over_table(kernel: Any, constants: dict[str, Any], config: Config) -> Case:
+    """Return the case of a kernel that `_launch.launch` runs."""
+    labels = {
+        name.lower(): c.name if isinstance(c, tl.dtype) else c for name, c in constants.items()
+    }
+    return Case(
+        kernel,
+        constants | {"BLOCK": config.block},
+        TABLE,
+        {"num_warps": config.num_warps},
+        labels | {"block": config.block, "num_warps": config.num_warps},
+    )
+
+
+def weight_grad_cases() -> Iterator[Case]:
+    """Yield every dtype and configuration of `weight_grad`."""
+    types = {"bits_ptr": "*u8", "offsets_ptr": "*i64", "out_ptr": "*fp32"}
+    types |= dict.fromkeys(("tokens", "rows", "cols"), "i32")
+    for dtype, short in FLOATS.items():
+        inputs = dict.fromkeys(("dy_ptr", "x_ptr"), f"*{short}")
+        for config in weight_grad.SEARCH:
+            tile = {"ROWS": config.rows, "TOKENS": config.tokens}
+            yield Case(
+                weight_grad._weight_grad_kernel,
+                {**tile, "COLS": TILE_COLS, "ACCUMULATE": True, "WIDEN": False},
+                types | inputs,
+                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                {"dense": dtype.name, **config._asdict()},
+            )
 
 
 def cases() -> Iterator[Case]:
@@ -64,15 +105,16 @@ def cases() -> Iterator[Case]:
             flat = {"DENSE": dense, "INDEX": index}
             for accumulate in (False, True):
                 constants = {**flat, **out, "ACCUMULATE": accumulate}
-                yield Case(gather._gather_kernel, constants, HEAVIEST)
-            yield Case(scatter._scatter_kernel, {**flat, **values}, HEAVIEST)
-            yield Case(adamw._adamw_kernel, {**flat, **state}, HEAVIEST)
+                yield over_table(gather._gather_kernel, constants, HEAVIEST)
+            yield over_table(scatter._scatter_kernel, {**flat, **values}, HEAVIEST)
+            yield over_table(adamw._adamw_kernel, {**flat, **state}, HEAVIEST)
         bits = {"DENSE": dense, "BITS": tl.uint8, "OFFSETS": tl.int64}
         for accumulate in (False, True):
             constants = {**bits, **out, "ACCUMULATE": accumulate}
-            yield Case(bitmap._gather_bitmap_kernel, constants, bitmap.CONFIG)
-        yield Case(bitmap._scatter_bitmap_kernel, {**bits, **values}, bitmap.CONFIG)
-        yield Case(adamw_bitmap._adamw_bitmap_kernel, {**bits, **state}, bitmap.CONFIG)
+            yield over_table(bitmap._gather_bitmap_kernel, constants, bitmap.CONFIG)
+        yield over_table(bitmap._scatter_bitmap_kernel, {**bits, **values}, bitmap.CONFIG)
+        yield over_table(adamw_bitmap._adamw_bitmap_kernel, {**bits, **state}, bitmap.CONFIG)
+    yield from weight_grad_cases()
 
 
 def compile_row(number: int, target: str) -> dict[str, Any]:
@@ -82,28 +124,25 @@ def compile_row(number: int, target: str) -> dict[str, Any]:
         A row of the table.
     """
     case = list(cases())[number]
-    constants = {**case.constants, "BLOCK": case.config.block}
-    pointers = {"table_ptr": "*i64", "tensor_of_ptr": "*i32", "scale_ptr": "*fp32"}
     signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "fp32")
+        name: "constexpr" if name in case.constants else case.types.get(name, "fp32")
         for name in case.kernel.arg_names
     }
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in pointers
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in ("rows", "cols")
     }
     compiled = triton.compile(
-        ASTSource(case.kernel, signature, constants, aligned),
+        ASTSource(case.kernel, signature, case.constants, aligned),
         target=TARGETS[target][0],
-        options={"num_warps": case.config.num_warps},
+        options=case.options,
     )
     asm = compiled.asm
     usage = cuda_usage(asm["cubin"]) if "cubin" in asm else amd_usage(asm["amdgcn"])
-    labels = {k: v.name if isinstance(v, tl.dtype) else v for k, v in case.constants.items()}
     return {
         "kernel": case.kernel.fn.__name__.strip("_"),
-        **{name.lower(): label for name, label in labels.items()},
-        "block": case.config.block,
-        "num_warps": case.config.num_warps,
+        **case.labels,
         "target": target,
         **usage,
         "shared": max(usage["shared"], compiled.metadata.shared),

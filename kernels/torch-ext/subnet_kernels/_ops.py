@@ -1,4 +1,4 @@
-"""gather and scatter_ as torch operators, so that torch.compile keeps a full graph around them.
+"""The operations as torch operators, so that torch.compile keeps a full graph around them.
 
 Torch twin on the CPU, Triton kernel on a GPU. The namespace is this package's name: a copy loaded
 under another one registers operators of its own and leaves these alone.
@@ -53,7 +53,7 @@ def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     reference.scatter_(dense, indices.long(), values)
 
 
-# One implementation for every device: torch's own matrix products run on all of them.
+# The twin on every device: the kernel wants its tiles kept between calls, and is not timed yet.
 @torch.library.custom_op(f"{NAMESPACE}::weight_grad", mutates_args=())
 def weight_grad(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Return a linear layer's weight gradient at `indices`: `reference_weight_grad.weight_grad`.
