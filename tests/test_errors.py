@@ -145,6 +145,14 @@ def stepped_between_forward_and_backward(tmp_path: Path) -> None:
     loss.backward()
 
 
+def schedule_free_optimizer(tmp_path: Path) -> None:
+    class AdamWScheduleFree(torch.optim.AdamW):
+        """Named as the real one, which changes values in train() and eval()."""
+
+    model = attach()
+    AdamWScheduleFree([p for p in model.parameters() if p.requires_grad]).step()
+
+
 def shape_dependent_optimizer(tmp_path: Path) -> None:
     from transformers.optimization import Adafactor
 
@@ -243,6 +251,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (disabled_between_forward_and_backward, "run backward before switching"),
     (stepped_between_forward_and_backward, "run backward before switching"),
     (shape_dependent_optimizer, "Adafactor, whose update depends on the shape"),
+    (schedule_free_optimizer, "AdamWScheduleFree, whose train"),
     (optimizer_built_before_the_callback, "optimizers="),
     (callback_on_a_peft_model, "either the callback or"),
     (callback_into_an_existing_directory, "expected a new directory"),

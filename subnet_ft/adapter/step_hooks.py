@@ -65,6 +65,12 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             f"{type(optimizer).__name__}, whose update depends on the shape of the weight "
             "or runs the model within a step; choose another optim"
         )
+    if "schedulefree" in name:
+        raise UnsupportedError(
+            "expected an optimizer that changes values in step() alone, found "
+            f"{type(optimizer).__name__}, whose train() and eval() change them behind the weights' "
+            "back; choose another optim"
+        )
     lossless = getattr(optimizer, "master", None) == "residual"
     for layer in layers:
         for subnet in layer.live_subnets:
