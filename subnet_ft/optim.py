@@ -12,6 +12,7 @@ from subnet_kernels import reference_adamw as small
 
 STATE_BITS = (32, 8)
 MASTERS = ("fp32", "residual")
+STRETCH = 1 << 17  # entries stepped at a time with small state: no more of them exist in fp32
 
 
 class SubnetAdamW(torch.optim.Optimizer):
@@ -121,7 +122,7 @@ class SubnetAdamW(torch.optim.Optimizer):
         )
 
     def _small_step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        """One parameter at a time: its fp32 moments and values exist only here."""
+        """One parameter at a time, some entries at a time: only theirs exist in fp32."""
         state = self.state[parameter]
         flat = parameter.detach().view(-1)
         if not state:
@@ -136,24 +137,38 @@ class SubnetAdamW(torch.optim.Optimizer):
                     state[name] = torch.zeros(flat.numel(), device=flat.device)
             if self.master == "residual":
                 state["residual"] = torch.zeros_like(flat, dtype=torch.int8)
-        moments = [state["exp_avg"], state["exp_avg_sq"]]
+        assert parameter.grad is not None
+        gradient = parameter.grad.view(-1)
+        before = state["step"].clone()
+        for start in range(0, flat.numel(), STRETCH):
+            state["step"].copy_(before)  # each stretch counts the same step
+            self._stretch_step(flat, gradient, state, start, group)
+
+    def _stretch_step(
+        self,
+        flat: torch.Tensor,
+        gradient: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        start: int,
+        group: dict[str, Any],
+    ) -> None:
+        """Step the entries from ``start`` on, STRETCH of them at most."""
+        own = slice(start, start + STRETCH)
+        blocks = slice(start // small.BLOCK, (start + STRETCH) // small.BLOCK)
+        moments = [state["exp_avg"][own], state["exp_avg_sq"][own]]
         if self.state_bits == 8:
-            scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"])
+            scales = (state["exp_avg_scale"][blocks], state["exp_avg_sq_scale"][blocks])
             moments = [small.dequantize(*pair) for pair in zip(moments, scales, strict=True)]
         residual = self.master == "residual"
-        values = small.join(flat, state["residual"]) if residual else flat
-        assert parameter.grad is not None
-        gradient = parameter.grad.view(-1).float()
-        _adamw(group, [values], [gradient], [moments[0]], [moments[1]], [state["step"]])
+        values = small.join(flat[own], state["residual"][own]) if residual else flat[own]
+        _adamw(group, [values], [gradient[own].float()], moments[:1], moments[1:], [state["step"]])
         if self.state_bits == 8:
             for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                 codes, scale = small.quantize(moment, signed=name == "exp_avg")
-                state[name].copy_(codes)
-                state[f"{name}_scale"].copy_(scale)
+                state[name][own] = codes
+                state[f"{name}_scale"][blocks] = scale
         if residual:
-            rounded, rest = small.split(values)
-            flat.copy_(rounded)
-            state["residual"].copy_(rest)
+            flat[own], state["residual"][own] = small.split(values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave.

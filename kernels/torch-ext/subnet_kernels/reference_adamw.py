@@ -27,22 +27,22 @@ def quantize(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]
     scales = blocks.abs().amax(dim=1)
     unit = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     if signed:
-        codes = (unit.abs().sqrt() * unit.sign() * 127).round().to(torch.int8)
+        codes = unit.abs().sqrt_().copysign_(unit).mul_(127).round_().to(torch.int8)
     else:
-        codes = (unit.sqrt().sqrt() * 255).round()
-        codes = torch.where(blocks > 0, codes.clamp(min=1), codes).to(torch.uint8)
-    return codes.reshape(-1)[: x.numel()].clone(), scales
+        least = blocks.sign()  # 1 where positive
+        codes = unit.sqrt_().sqrt_().mul_(255).round_().maximum(least).to(torch.uint8)
+    return codes.reshape(-1)[: x.numel()], scales
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Invert `quantize`: (nnz,) float32."""
-    blocks = _blocks(codes.float())
+    unit = _blocks(codes.float())
     if codes.dtype == torch.int8:
-        unit = blocks / 127
+        unit = unit.mul_(1 / 127)
         unit = unit * unit.abs()
     else:
-        unit = (blocks / 255).square().square()
-    return (unit * scales[:, None]).reshape(-1)[: codes.numel()]
+        unit = unit.mul_(1 / 255).square_().square_()
+    return unit.mul_(scales[:, None]).reshape(-1)[: codes.numel()]
 
 
 def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,13 +55,12 @@ def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values: (nnz,) bfloat16, nearest even. residual: (nnz,) int8.
     """
     values = x.to(torch.bfloat16)
-    outward = _outward_half_step(values)
-    codes = ((x - values.float()) / outward * 127).round()
+    codes = (x - values).div_(_outward_half_step(values)).mul_(127).round_().clamp_(-127, 127)
     # From a power of two the next value inward is half as far: -63 stays short of the midpoint.
-    magnitude = values.view(torch.int16).int() & 0x7FFF
-    closer = (magnitude & 0x7F == 0) & (magnitude > 0x80)
-    least = torch.where(closer, -63.0, -127.0)
-    return values, codes.clamp(max=127).maximum(least).to(torch.int8)
+    bits = values.view(torch.int16)
+    closer = (bits & 0x7F == 0).logical_and_(bits & 0x7F00 != 0)
+    codes = codes.to(torch.int8)
+    return values, torch.where(closer, codes.clamp(min=-63), codes)
 
 
 def join(values: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -74,7 +73,7 @@ def join(values: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     Returns:
         (nnz,) float32; rounds to ``values`` again.
     """
-    return values.float() + residual.float() / 127 * _outward_half_step(values) * _INSIDE
+    return _outward_half_step(values).mul_(residual).mul_(_INSIDE / 127).add_(values)
 
 
 # A reconstruction must not reach the midpoint between two bf16 values, where it might round away.
@@ -83,11 +82,11 @@ _INSIDE = 1 - 2.0**-10
 
 def _outward_half_step(values: torch.Tensor) -> torch.Tensor:
     """Half the way from each bf16 value to the next one away from zero, float32, signed."""
-    bits = values.view(torch.int16).int()
-    exponent = (bits >> 7 & 0xFF).clamp(min=1) - 127 - 8
-    return torch.ldexp(torch.where(bits < 0, -1.0, 1.0), exponent)
+    bits = values.view(torch.int16)
+    power = (bits & 0x7F80).clamp_(min=0x80).bitwise_or_(bits & -0x8000)  # subnormals step as 0x80
+    return power.view(torch.bfloat16).float().mul_(2.0**-8)
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:
     rest = -x.numel() % BLOCK
-    return torch.nn.functional.pad(x, (0, rest)).view(-1, BLOCK)
+    return (torch.nn.functional.pad(x, (0, rest)) if rest else x).view(-1, BLOCK)
