@@ -47,8 +47,7 @@ TARGETS = {
 FLOATS = {tl.float32: "fp32", tl.bfloat16: "bf16", tl.float16: "fp16"}  # in a signature
 INDICES = (tl.int32, tl.int64)
 HEAVIEST = max(SEARCH, key=lambda config: config.block / config.num_warps)
-
-
+# Dynamic arguments of the kernels `_launch.launch` runs; any other is a number, fp32.
 TABLE = {"table_ptr": "*i64", "tensor_of_ptr": "*i32", "scale_ptr": "*fp32"}
 
 

@@ -40,9 +40,8 @@ class Variant:
     """A model, its optimizer and the times of its phases.
 
     Args:
-        trained: Parameters the optimizer gets.
         model: What runs.
-        make: Builds the optimizer.
+        make: Builds the optimizer over its trainable parameters.
     """
 
     def __init__(

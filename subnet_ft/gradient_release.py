@@ -5,13 +5,17 @@ same one twice, is refused (LOMO, arXiv 2306.09782, section 3, names the same li
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
-from subnet_ft.adapter.layer import ALIVE, SubnetLayer, flush_all
+from subnet_ft.adapter.layer import ALIVE, SubnetLayer
+from subnet_ft.adapter.writing import flush_all
 from subnet_ft.errors import UnsupportedError
+
+_HANDLE = "_subnet_release"  # attribute of a parameter: the hook that steps it
 
 
 class ReleasedGradient(torch.Tensor):
@@ -56,24 +60,32 @@ class Release:
     """Hooks that step an optimizer's parameters during backward.
 
     Args:
-        parameters: The optimizer's.
-        step: Steps the one parameter it is given.
+        step: Steps the one parameter it is given, of the group with the given number.
 
     Raises:
         UnsupportedError: Several processes train together.
     """
 
-    def __init__(
-        self, parameters: list[torch.Tensor], step: Callable[[torch.Tensor], None]
-    ) -> None:
+    def __init__(self, step: Callable[[torch.Tensor, int], None]) -> None:
         self.step = step
         self._layers: dict[int, SubnetLayer] = {}
         _check_alone()
+
+    def watch(self, parameters: Iterable[torch.Tensor], group: int) -> None:
+        """Step these as their gradients come; an optimizer that did so before no longer does.
+
+        Args:
+            parameters: Of one group.
+            group: Its number: loading a state puts another dict in the group's place.
+        """
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._after_gradient)
+            if before := getattr(parameter, _HANDLE, None):
+                before.remove()
+            hook = partial(self._after_gradient, group=group)
+            setattr(parameter, _HANDLE, parameter.register_post_accumulate_grad_hook(hook))
 
     @torch.no_grad()
-    def _after_gradient(self, parameter: torch.Tensor) -> None:
+    def _after_gradient(self, parameter: torch.Tensor, group: int) -> None:
         _check_alone()
         layer = self._layer(parameter)
         if layer and any(subnet.offmask is not None for subnet in layer.live_subnets):
@@ -81,7 +93,7 @@ class Release:
                 'release_gradients: expected clip="compact", found clip="dense", which is for '
                 "gradient clipping; nothing is left to clip"
             )
-        self.step(parameter)
+        self.step(parameter, group)
         parameter.grad = ReleasedGradient(parameter)
         if layer:
             flush_all([layer])

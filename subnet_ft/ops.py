@@ -51,13 +51,16 @@ def gather(
     return result
 
 
-def weight_grad(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Compute a linear layer's weight gradient at its entries alone, in torch on every device.
+def weight_grad(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, *, impl: str | None = None
+) -> torch.Tensor:
+    """Compute a linear layer's weight gradient at its entries alone.
 
-    See ``subnet_kernels.reference_weight_grad.weight_grad``; as an operator, which
-    ``torch.compile`` does not look into.
+    See ``subnet_kernels.reference_weight_grad.weight_grad``.
     """
-    result: torch.Tensor = _ops.weight_grad(dy, x, indices)
+    # In torch as an operator: `torch.compile` cannot look into its loop over row chunks.
+    serving = _ops if backend(impl) == "torch" else _serving(impl)
+    result: torch.Tensor = serving.weight_grad(dy, x, indices)
     return result
 
 

@@ -64,13 +64,18 @@ class SubnetAdamW(torch.optim.Optimizer):
                 f"{weight_decay}, {betas}"
             )
         self.state_bits, self.master = state_bits, master
+        self.release_gradients = release_gradients
+        if release_gradients:
+            self._release = Release(self._step_now)
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        self.release_gradients = release_gradients
-        if release_gradients:
-            held = [p for group in self.param_groups for p in group["params"]]
-            self._release = Release(held, self._step_now)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as to any optimizer."""
+        super().add_param_group(param_group)
+        if self.release_gradients:
+            self._release.watch(self.param_groups[-1]["params"], len(self.param_groups) - 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -88,9 +93,8 @@ class SubnetAdamW(torch.optim.Optimizer):
                 self._step_group([p for p in group["params"] if p.grad is not None], group)
         return loss
 
-    def _step_now(self, parameter: torch.Tensor) -> None:
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        self._step_group([parameter], group)
+    def _step_now(self, parameter: torch.Tensor, group: int) -> None:
+        self._step_group([parameter], self.param_groups[group])
 
     def _step_group(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         if self.state_bits == 32 and self.master == "fp32":

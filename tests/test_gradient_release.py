@@ -1,5 +1,6 @@
 """release_gradients: the same steps, one gradient at a time; what needs more is refused."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,48 @@ def test_no_two_gradients_exist_at_once() -> None:
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert most == 0  # by the time a later hook runs, even this parameter's is gone
     assert all(p.grad is not None for p in values)
+
+
+def test_resume_equals_never_having_stopped() -> None:
+    whole, values = masked()
+    train(whole, SubnetAdamW(values, 1e-2, release_gradients=True), 4)
+    first, first_values = masked()
+    optimizer = SubnetAdamW(first_values, 1e-2, release_gradients=True)
+    saved: list[dict[str, Any]] = []
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 4)
+    for step in range(4):
+        if step == 2:  # another process: all from the state
+            saved = [copy.deepcopy(o.state_dict()) for o in (first, optimizer, scheduler)]
+            first, first_values = masked()
+            optimizer = SubnetAdamW(first_values, 1e-2, release_gradients=True)
+            scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 4)
+            for one, state in zip((first, optimizer, scheduler), saved, strict=True):
+                one.load_state_dict(state)
+        first(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    for a, b in zip(values, first_values, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_groups_added_later_are_stepped_at_their_own_rate() -> None:
+    model, values = masked()
+    optimizer = SubnetAdamW(values[:1], lr=1e-2, release_gradients=True)
+    optimizer.add_param_group({"params": values[1:], "lr": 0.0})
+    before = [v.detach().clone() for v in values]
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    moved = [not torch.equal(v, b) for v, b in zip(values, before, strict=True)]
+    assert moved == [True] + [False] * (len(values) - 1)
+    assert all(optimizer.state[v]["step"] == 1 for v in values)
+
+
+def test_a_second_optimizer_takes_over_from_the_first() -> None:
+    model, values = masked()
+    first = SubnetAdamW(values, release_gradients=True)
+    second = SubnetAdamW(values, release_gradients=True)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert not first.state and len(second.state) == len(values)
 
 
 def test_clipping_is_refused() -> None:

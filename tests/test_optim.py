@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError
+from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError, optim
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_kernels import reference_adamw as small
 from tests.helpers import (
@@ -204,3 +204,22 @@ def test_bad_options_and_pairs_are_refused() -> None:
         masked(torch.float32, values_dtype="bfloat16")
     with pytest.raises(SubnetError, match="values_dtype: expected one of"):
         SubnetConfig(values_dtype="float16")
+
+
+@pytest.mark.parametrize(("bits", "master"), SMALL[1:])
+def test_stretches_do_not_show(bits: int, master: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small state is stepped some entries at a time: the same values, the same count of steps."""
+    dtype = torch.bfloat16 if master == "residual" else torch.float32
+    found = []
+    for stretch in (1 << 17, 512):
+        monkeypatch.setattr(optim, "STRETCH", stretch)
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(3000).to(dtype))
+        optimizer = SubnetAdamW([parameter], lr=1e-2, state_bits=bits, master=master)
+        for _ in range(3):
+            parameter.grad = torch.randn(3000).to(dtype)
+            optimizer.step()
+        found.append([parameter.detach(), *optimizer.state[parameter].values()])
+    assert optimizer.state[parameter]["step"] == 3
+    for whole, stretched in zip(*found, strict=True):
+        assert torch.equal(whole, stretched)

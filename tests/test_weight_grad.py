@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError
+from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError, ops
 from subnet_kernels import _ops, encoding, reference_weight_grad, twins
 from tests.helpers import assert_off_mask_untouched, random_mask, snapshot, tiny_llama, tokens
 from tests.kernel_helpers import DEVICE, assert_no_worse, jitted, poisoned
@@ -135,6 +135,26 @@ def test_it_trains_and_leaves_the_rest_alone() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert_off_mask_untouched(before, snapshot(model.unload()), mask)
+
+
+def test_a_layer_may_be_followed_by_work_in_place() -> None:
+    grads = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(inplace))
+        config = SubnetConfig(density=0.5, include="all", weight_grad="compact")
+        model = peft.get_peft_model(model, config)
+        model(torch.randn(4, 8)).sum().backward()
+        grads.append(torch.cat([p.grad for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
+def test_the_kernel_can_be_forced() -> None:
+    dy, x = (t.to(DEVICE) for t in operands((7, 5, 3), torch.float32))
+    index = torch.tensor([0, 4, 14], device=DEVICE)
+    torch.testing.assert_close(
+        ops.weight_grad(dy, x, index, impl="triton"), ops.weight_grad(dy, x, index)
+    )
 
 
 def test_a_step_between_forward_and_backward_is_refused() -> None:

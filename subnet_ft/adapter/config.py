@@ -44,7 +44,8 @@ class SubnetConfig(PeftConfig):
             runs once a forward pass.
         weight_grad: ``"dense"``: entries are gathered from a layer's dense gradient, bit for bit
             what full finetuning has there. ``"compact"``: linear layers compute the gradient at the
-            entries alone and never hold a whole dense one; equal up to rounding.
+            entries alone and never hold a whole dense one, equal up to rounding; embeddings and
+            all other modules still go the dense way.
         modules_to_save: Modules trained and saved whole beside the adapter, as in all of PEFT.
 
     Raises:

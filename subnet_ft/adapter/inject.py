@@ -9,7 +9,8 @@ from torch import nn
 
 from subnet_ft import ops
 from subnet_ft.adapter.binding import bind_owner, release_owner, sidecar_of
-from subnet_ft.adapter.layer import SubnetLayer, read_entries
+from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.writing import read_entries
 from subnet_ft.errors import ConfigError, MaskMismatchError, UnsupportedError
 from subnet_ft.storage.codec import checksum
 

@@ -11,6 +11,7 @@ from torch import nn
 from subnet_ft import ops
 from subnet_ft.adapter.binding import Bind
 from subnet_ft.adapter.subnet import Subnet
+from subnet_ft.adapter.writing import compose, flush_all, read_entries
 from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedError
 
 # Every sidecar alive, so that one optimizer hook can find whose values were stepped.
@@ -106,8 +107,8 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     @property
     def computes_weight_grad(self) -> bool:
         """Whether the weight's gradient is computed at its entries alone; see `linear`."""
-        return any(s.values.requires_grad for s in self.live_subnets) and all(
-            s.computes_weight_grad for s in self.live_subnets
+        return all(s.computes_weight_grad for s in self.live_subnets) and any(
+            s.values.requires_grad for s in self.live_subnets
         )
 
     def mark(self) -> Mark:
@@ -208,7 +209,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         if len(subnets) == 1:
             ops.scatter_(weight, subnets[0].indices, subnets[0].values.detach())
         elif subnets:
-            ops.scatter_(weight, *_compose(weight, subnets))
+            ops.scatter_(weight, *compose(weight, subnets))
 
     # PEFT's verbs, each followed by `sync`.
 
@@ -286,42 +287,5 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         return f"{self.name}, shape={self.shape}"
 
 
-def read_entries(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Gather ``weight.flatten()[indices]`` in the weight's own dtype."""
-    out = torch.empty(indices.numel(), dtype=weight.dtype, device=weight.device)
-    return ops.gather(weight, indices, out)
-
-
-def flush_all(layers: Sequence[SubnetLayer]) -> None:
-    """Do `SubnetLayer.flush` of many layers, in one pass over all of their weights.
-
-    Args:
-        layers: All on one device.
-    """
-    single = [layer for layer in layers if len(layer.live_subnets) == 1]
-    subnets = [layer.live_subnets[0] for layer in single]
-    ops.scatter_many_(
-        [layer.weight.data for layer in single],
-        [subnet.indices for subnet in subnets],
-        [subnet.values.detach() for subnet in subnets],
-    )
-    for layer in layers:
-        if len(layer.live) > 1:
-            layer._write(layer.live)
-        layer.__dict__["written"] += 1  # nn.Module's own way in takes 5 us
-
-
 def _rewrite_after_load(layer: SubnetLayer, incompatible_keys: Any) -> None:
     layer.rewrite()
-
-
-def _compose(weight: torch.Tensor, subnets: list[Subnet]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum several adapters: original + sum of (values - original), in fp32, over the union.
-
-    Returns:
-        (indices, values): (nnz_union,) int64 and float32. ``weight`` must hold the originals.
-    """
-    indices, position = torch.cat([s.indices for s in subnets]).unique(return_inverse=True)
-    values = ops.gather(weight, indices)
-    deltas = torch.cat([s.values.detach().float() - s.originals.float() for s in subnets])
-    return indices, values.index_add_(0, position, deltas)

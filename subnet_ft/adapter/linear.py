@@ -40,7 +40,8 @@ class WeightGrad(torch.autograd.Function):
         ctx.sidecar, ctx.mark = sidecar, sidecar.mark()
         # Under autocast the layer rounded its inputs to the output's dtype.
         ctx.save_for_backward(inputs.to(output.dtype))
-        return output.view_as(output)
+        ctx.mark_dirty(output)  # itself, not a view: what follows may work in place
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -17,6 +17,7 @@ from subnet_ft.adapter.guards import guard, unguard
 from subnet_ft.adapter.inject import Entries, attach, detach, plan, sidecar_layers
 from subnet_ft.adapter.layer import SubnetLayer
 from subnet_ft.adapter.targets import check_enclosed, filter_mask, saved_whole, target_shapes
+from subnet_ft.adapter.writing import flush_all
 from subnet_ft.selectors import SELECTORS
 
 logger = logging.getLogger(__name__)
@@ -119,8 +120,7 @@ class SubnetModel(BaseTuner):
 
         The optimizer step, loading and switching do this by themselves.
         """
-        for layer in sidecar_layers(self.model):
-            layer.flush()
+        flush_all(list(sidecar_layers(self.model)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; its entries return to the base's values unless another one is live."""

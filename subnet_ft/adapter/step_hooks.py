@@ -13,7 +13,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from subnet_ft.adapter.layer import ALIVE, SubnetLayer, flush_all
+from subnet_ft.adapter.layer import ALIVE, SubnetLayer
+from subnet_ft.adapter.writing import flush_all
 from subnet_ft.errors import ConfigError, UnsupportedError
 
 # Their update of an entry depends on the shape of its weight, which compact values do not have, or
