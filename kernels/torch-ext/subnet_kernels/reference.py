@@ -60,7 +60,9 @@ def scatter_(dense: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -
     if values.dtype == flat.dtype == torch.float32:
         flat.scatter_(0, indices, values)  # runs in parallel, but in fp32 only
         return dense
-    for start in range(0, indices.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
-        flat.index_copy_(0, indices[part], values[part].to(flat.dtype))
+    pieces = [(indices, values)]
+    if indices.numel() > CHUNK:  # splitting takes as long as writing a few hundred entries
+        pieces = list(zip(indices.split(CHUNK), values.split(CHUNK), strict=True))
+    for index, value in pieces:
+        flat.index_copy_(0, index, value.to(flat.dtype))
     return dense
