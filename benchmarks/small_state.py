@@ -34,7 +34,7 @@ from benchmarks.optimizer import machine
 from benchmarks.small_state_compare import ORDER, ROWS, RULE, WINDOW, compare, draw, show
 from subnet_ft import SubnetAdamW, SubnetConfig
 from subnet_ft.adapter.inject import sidecar_layers
-from subnet_kernels import reference_adamw as small
+from subnet_kernels import small_state as small
 
 SEEDS = (0, 1, 2)
 CONTROL = "residual thrown away"

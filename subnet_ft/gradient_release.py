@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from subnet_ft.adapter.layer import ALIVE, SubnetLayer
-from subnet_ft.adapter.writing import flush_all
+from subnet_ft.adapter.registry import Registry
 from subnet_ft.errors import UnsupportedError
 
 _HANDLE = "_subnet_release"  # attribute of a parameter: the hook that steps it
@@ -61,14 +60,14 @@ class Release:
 
     Args:
         step: Steps the one parameter it is given, of the group with the given number.
+        registry: Finds its sidecar.
 
     Raises:
         UnsupportedError: Several processes train together.
     """
 
-    def __init__(self, step: Callable[[torch.Tensor, int], None]) -> None:
-        self.step = step
-        self._layers: dict[int, SubnetLayer] = {}
+    def __init__(self, step: Callable[[torch.Tensor, int], None], registry: Registry) -> None:
+        self.step, self.registry = step, registry
         _check_alone()
 
     def watch(self, parameters: Iterable[torch.Tensor], group: int) -> None:
@@ -87,7 +86,7 @@ class Release:
     @torch.no_grad()
     def _after_gradient(self, parameter: torch.Tensor, group: int) -> None:
         _check_alone()
-        layer = self._layer(parameter)
+        layer = self.registry.layer(parameter)
         if layer and any(subnet.offmask is not None for subnet in layer.live_subnets):
             raise UnsupportedError(
                 'release_gradients: expected clip="compact", found clip="dense", which is for '
@@ -95,16 +94,6 @@ class Release:
             )
         self.step(parameter, group)
         parameter.grad = ReleasedGradient(parameter)
-        if layer:
-            flush_all([layer])
-
-    def _layer(self, parameter: torch.Tensor) -> SubnetLayer | None:
-        """Return the sidecar whose live values ``parameter`` is, if it is any's."""
-        found = self._layers.get(id(parameter))
-        if found is None or all(s.values is not parameter for s in found.live_subnets):
-            self._layers = {id(s.values): one for one in ALIVE for s in one.live_subnets}
-            found = self._layers.get(id(parameter))
-        return found
 
 
 def _check_alone() -> None:

@@ -2,11 +2,13 @@
 
 Two implementations under the same names: ``"torch"``, the twins, and ``"triton"``, the kernels.
 `backend` tells which one serves; that is torch on every device until the kernels have been measured
-on one. ``impl=`` forces either.
+on one. ``impl=`` forces either for one call, the environment's ``SUBNET_FT_BACKEND`` for all.
 """
 
+import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -22,14 +24,17 @@ def backend(name: str | None = None) -> str:
     """Name the implementation that serves the operations.
 
     Args:
-        name: Force this one; None chooses.
+        name: Force this one; None takes that of ``SUBNET_FT_BACKEND``, else chooses.
 
     Raises:
         ConfigError: No such implementation.
     """
-    chosen = name or "torch"
+    chosen = name or os.environ.get("SUBNET_FT_BACKEND") or "torch"
     if chosen not in BACKENDS:
-        raise ConfigError(f"expected a backend of {sorted(BACKENDS)}, found {chosen!r}")
+        raise ConfigError(
+            f"expected a backend of {sorted(BACKENDS)}, found {chosen!r}; "
+            "correct impl= or SUBNET_FT_BACKEND"
+        )
     return chosen
 
 
@@ -81,3 +86,15 @@ def scatter_(
     """Write compact values into a dense tensor: ``subnet_kernels.reference.scatter_``."""
     result: torch.Tensor = _serving(impl).scatter_(dense, indices, values)
     return result
+
+
+def adamw_step_(*columns: Sequence[torch.Tensor], impl: str | None = None, **options: Any) -> None:
+    """Step AdamW and write the weights: ``subnet_kernels.reference_adamw.adamw_step_``."""
+    _serving(impl).adamw_step_(*columns, **options)
+
+
+def adamw_small_step_(
+    *columns: Sequence[torch.Tensor], impl: str | None = None, **options: Any
+) -> None:
+    """Do so with small state: ``subnet_kernels.reference_adamw.adamw_small_step_``."""
+    _serving(impl).adamw_small_step_(*columns, **options)

@@ -4,22 +4,23 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
+from subnet_ft import ops
+from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.registry import Registry
 from subnet_ft.errors import ConfigError
 from subnet_ft.gradient_release import Release
-from subnet_kernels import reference_adamw as small
+from subnet_kernels import small_state
 
 STATE_BITS = (32, 8)
 MASTERS = ("fp32", "residual")
-STRETCH = 1 << 17  # entries stepped at a time with small state: no more of them exist in fp32
 
 
 class SubnetAdamW(torch.optim.Optimizer):
     """``torch.optim.AdamW`` with its fused arithmetic, made for compact values.
 
-    The new values are written into the weights they belong to as after any optimizer's step.
-    Parameters that belong to no subnetwork (``modules_to_save``) are stepped alike.
+    A step and the write of the new values into their weights are one operation, for all tensors at
+    once. Parameters that belong to no subnetwork (``modules_to_save``) are stepped alike.
 
     Args:
         params: Parameters or groups, as for any optimizer.
@@ -41,6 +42,8 @@ class SubnetAdamW(torch.optim.Optimizer):
     Example:
         >>> trainer.optimizer_cls_and_kwargs = (SubnetAdamW, {"lr": 1e-5})  # doctest: +SKIP
     """
+
+    writes_weights = True  # the hook that flushes after every optimizer's step leaves it to this one
 
     def __init__(
         self,
@@ -65,8 +68,9 @@ class SubnetAdamW(torch.optim.Optimizer):
             )
         self.state_bits, self.master = state_bits, master
         self.release_gradients = release_gradients
+        self._registry = Registry()
         if release_gradients:
-            self._release = Release(self._step_now)
+            self._release = Release(self._step_now, self._registry)
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
@@ -97,82 +101,92 @@ class SubnetAdamW(torch.optim.Optimizer):
         self._step_group([parameter], self.param_groups[group])
 
     def _step_group(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Step parameters that have gradients, in one pass those that have made as many steps."""
+        alike: dict[float, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            state = self.state[parameter] or self._start(parameter)
+            state["step"] += 1
+            alike.setdefault(state["step"].item(), []).append(parameter)
+        for step, members in alike.items():
+            masked, rest, layers = [], [], []
+            for parameter in members:
+                layer = self._registry.layer(parameter)
+                # Under several live adapters the weight is not these values: `flush` adds them up.
+                if layer is not None and len(layer.live_subnets) == 1:
+                    masked.append(parameter)
+                    layers.append(layer)
+                else:
+                    rest.append(parameter)
+            if masked:
+                self._step_alike(masked, layers, int(step), group, impl=None)
+            if rest:
+                self._step_alike(rest, [], int(step), group, impl="torch")
+                for layer in filter(None, map(self._registry.layer, rest)):
+                    layer.flush()
+
+    def _start(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Give a parameter its state, all zero; small state is flat."""
+        wanted = torch.bfloat16 if self.master == "residual" else torch.float32
+        if parameter.dtype != wanted:
+            raise ConfigError(
+                f"SubnetAdamW(master={self.master!r}): expected {wanted} values, found "
+                f"{parameter.dtype}; "
+                'use SubnetConfig(values_dtype="bfloat16") with master="residual", else "fp32"'
+            )
+        state = self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        flat = parameter.detach().view(-1)
+        for name, codes in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+            if self.state_bits == 8:
+                state[name] = torch.zeros_like(flat, dtype=codes)
+                blocks = -(-flat.numel() // small_state.BLOCK)
+                state[f"{name}_scale"] = torch.zeros(blocks, device=flat.device)
+            else:
+                like = parameter if self.master == "fp32" else flat
+                state[name] = torch.zeros_like(like, dtype=torch.float32)
+        if self.master == "residual":
+            state["residual"] = torch.zeros_like(flat, dtype=torch.int8)
+        return state
+
+    def _step_alike(
+        self,
+        parameters: list[torch.Tensor],
+        layers: list[SubnetLayer],
+        step: int,
+        group: dict[str, Any],
+        impl: str | None,
+    ) -> None:
+        """Step parameters and write the weights of their layers; without layers, write none."""
+        states = [self.state[parameter] for parameter in parameters]
+        columns = [
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+        ]
+        weights = [
+            [layer.weight.data for layer in layers],
+            [layer.live_subnets[0].indices for layer in layers],
+        ]
+        beta1, beta2 = group["betas"]
+        numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+        numbers |= {"step": step, "beta1": beta1, "beta2": beta2}
         if self.state_bits == 32 and self.master == "fp32":
-            self._fused_step(parameters, group)
+            ops.adamw_step_(*columns, *weights, **numbers, impl=impl)
         else:
-            for parameter in parameters:
-                self._small_step(parameter, group)
+            small = {
+                f"{name}s": [state[name] for state in states]
+                for name in ("exp_avg_scale", "exp_avg_sq_scale", "residual")
+                if name in states[0]
+            }
+            flat = [[tensor.view(-1) for tensor in column] for column in columns]
+            ops.adamw_small_step_(*flat, *weights, **small, **numbers, impl=impl)
+        for layer in layers:
+            layer.count_write()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; released ones cannot be zeroed in place."""
         super().zero_grad(set_to_none or self.release_gradients)
-
-    def _fused_step(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                self._check(parameter)
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states = [self.state[parameter] for parameter in parameters]
-        _adamw(
-            group,
-            parameters,
-            [parameter.grad for parameter in parameters],  # type: ignore[misc]
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-        )
-
-    def _small_step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        """One parameter at a time, some entries at a time: only theirs exist in fp32."""
-        state = self.state[parameter]
-        flat = parameter.detach().view(-1)
-        if not state:
-            self._check(parameter)
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
-                if self.state_bits == 8:
-                    state[name] = torch.zeros(flat.numel(), dtype=dtype, device=flat.device)
-                    blocks = -(-flat.numel() // small.BLOCK)
-                    state[f"{name}_scale"] = torch.zeros(blocks, device=flat.device)
-                else:
-                    state[name] = torch.zeros(flat.numel(), device=flat.device)
-            if self.master == "residual":
-                state["residual"] = torch.zeros_like(flat, dtype=torch.int8)
-        assert parameter.grad is not None
-        gradient = parameter.grad.view(-1)
-        before = state["step"].clone()
-        for start in range(0, flat.numel(), STRETCH):
-            state["step"].copy_(before)  # each stretch counts the same step
-            self._stretch_step(flat, gradient, state, start, group)
-
-    def _stretch_step(
-        self,
-        flat: torch.Tensor,
-        gradient: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        start: int,
-        group: dict[str, Any],
-    ) -> None:
-        """Step the entries from ``start`` on, STRETCH of them at most."""
-        own = slice(start, start + STRETCH)
-        blocks = slice(start // small.BLOCK, (start + STRETCH) // small.BLOCK)
-        moments = [state["exp_avg"][own], state["exp_avg_sq"][own]]
-        if self.state_bits == 8:
-            scales = (state["exp_avg_scale"][blocks], state["exp_avg_sq_scale"][blocks])
-            moments = [small.dequantize(*pair) for pair in zip(moments, scales, strict=True)]
-        residual = self.master == "residual"
-        values = small.join(flat[own], state["residual"][own]) if residual else flat[own]
-        _adamw(group, [values], [gradient[own].float()], moments[:1], moments[1:], [state["step"]])
-        if self.state_bits == 8:
-            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-                codes, scale = small.quantize(moment, signed=name == "exp_avg")
-                state[name][own] = codes
-                state[f"{name}_scale"][blocks] = scale
-        if residual:
-            flat[own], state["residual"][own] = small.split(values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave.
@@ -188,33 +202,3 @@ class SubnetAdamW(torch.optim.Optimizer):
                         name: value.to(parameter.device if value.ndim else value.device, copy=True)
                         for name, value in state.items()
                     }
-
-    def _check(self, parameter: torch.Tensor) -> None:
-        wanted = torch.bfloat16 if self.master == "residual" else torch.float32
-        if parameter.dtype != wanted:
-            raise ConfigError(
-                f"SubnetAdamW(master={self.master!r}): expected {wanted} values, found "
-                f"{parameter.dtype}; "
-                'use SubnetConfig(values_dtype="bfloat16") with master="residual", else "fp32"'
-            )
-
-
-def _adamw(group: dict[str, Any], *tensors: list[torch.Tensor]) -> None:
-    """Torch's fused AdamW on (values, gradients, exp_avgs, exp_avg_sqs, steps), in place."""
-    values, gradients, exp_avgs, exp_avg_sqs, steps = tensors
-    adamw(
-        values,
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        fused=True,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )

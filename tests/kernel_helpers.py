@@ -16,13 +16,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from subnet_kernels import adamw, adamw_bitmap, bitmap, gather, scatter, weight_grad  # noqa: E402
+from subnet_kernels import (  # noqa: E402
+    adamw,
+    adamw_bitmap,
+    adamw_small,
+    bitmap,
+    gather,
+    scatter,
+    weight_grad,
+)
 from subnet_kernels import jitted as jitted  # noqa: E402
 from subnet_kernels._tune import is_interpreted  # noqa: E402
 
 KERNELS = (
     adamw._adamw_kernel,
     adamw_bitmap._adamw_bitmap_kernel,
+    adamw_small._adamw_small_kernel,
     bitmap._gather_bitmap_kernel,
     bitmap._scatter_bitmap_kernel,
     gather._gather_kernel,

@@ -13,7 +13,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from subnet_ft.adapter.layer import ALIVE, SubnetLayer
+from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.registry import layers_of
 from subnet_ft.adapter.writing import flush_all
 from subnet_ft.errors import ConfigError, UnsupportedError
 
@@ -45,18 +46,8 @@ def install() -> None:
         _installed = True
 
 
-def _stepped(optimizer: torch.optim.Optimizer) -> list[SubnetLayer]:
-    """Return the sidecars whose live values this optimizer holds."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [
-        layer
-        for layer in ALIVE
-        if any(id(subnet._parameters[subnet.leaf]) in held for subnet in layer.live_subnets)
-    ]
-
-
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers = _stepping[optimizer] = _stepped(optimizer)
+    layers = _stepping[optimizer] = layers_of(optimizer)
     if not layers:
         return
     name = type(optimizer).__name__.lower()
@@ -87,5 +78,5 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     layers = _stepping.pop(optimizer, [])
-    if not getattr(optimizer, "release_gradients", False):  # else each was written when stepped
+    if not getattr(optimizer, "writes_weights", False):
         flush_all(layers)

@@ -38,7 +38,7 @@ def flush_all(layers: Sequence["SubnetLayer"]) -> None:
     for layer in layers:
         if len(layer.live) > 1:
             layer._write(layer.live)
-        layer.__dict__["written"] += 1  # nn.Module's own way in takes 5 us
+        layer.count_write()
 
 
 def compose(weight: torch.Tensor, subnets: Sequence["Subnet"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,6 +39,12 @@ def add(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Return the larger one, NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """Round fp32 to DTYPE, to nearest, ties to even.
 

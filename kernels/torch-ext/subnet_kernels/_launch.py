@@ -13,7 +13,7 @@ from ._tune import Config, best_config, is_interpreted
 
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INDICES = {torch.int32: tl.int32, torch.int64: tl.int64}
-TYPES = {**FLOATS, **INDICES, torch.uint8: tl.uint8}
+TYPES = {**FLOATS, **INDICES, torch.uint8: tl.uint8, torch.int8: tl.int8}
 
 
 class Column(NamedTuple):

@@ -43,7 +43,7 @@ def best_config(
     Args:
         kernel: the jitted function.
         device: where it runs.
-        dtypes: of each of its columns; integers are indices.
+        dtypes: of each of its columns; int32 and int64 are indices.
         run: given a tensor a column, the number of entries and a configuration, returns what to
             time.
     """
@@ -63,6 +63,6 @@ def milliseconds(run: Callable[[], None]) -> float:
 
 def _scratch(dtype: torch.dtype, device: torch.device) -> Tensor:
     size = SCRATCH_ENTRIES * SCRATCH_SPREAD
-    if dtype.is_floating_point:
+    if dtype not in (torch.int32, torch.int64):
         return torch.zeros(size, dtype=dtype, device=device)
     return torch.arange(0, size, SCRATCH_SPREAD, dtype=dtype, device=device)

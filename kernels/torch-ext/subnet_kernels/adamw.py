@@ -26,7 +26,7 @@ def adamw_update(
     eps: tl.tensor,
     step_size: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
-    """Return p, m, v after a step: see `reference_multi.adamw_step_`, in fp32.
+    """Return p, m, v after a step: see `reference_adamw.adamw_step_`, in fp32.
 
     Square root and division round to nearest, as torch's do.
     """
@@ -63,7 +63,7 @@ def _adamw_kernel(
     Grid: one program for BLOCK entries of one tensor. Table columns: dense, indices, values, grads,
     exp_avgs, exp_avg_sqs. Bytes an entry: 4 or 8 (index) + 16 (p, g, m, v) read, 12 (p, m, v)
     written; a 32-byte sector of dense read and written, shared by its neighbours.
-    Twin: ``reference_multi.adamw_step_``.
+    Twin: ``reference_adamw.adamw_step_``.
     """
     row_ptr, _, start, length = find_work(table_ptr, tensor_of_ptr, 6, BLOCK)
     dense_ptr = pointer(row_ptr, 0, DENSE)
@@ -107,7 +107,7 @@ def adamw_step_(
     """Step AdamW on compact values and write them, rounded, into their dense weights.
 
     One launch for each combination of dtypes; all tensors on one device. The formula is that of
-    `reference_multi.adamw_step_`.
+    `reference_adamw.adamw_step_`.
 
     Args:
         values: each (nnz,) float32, contiguous; changed in place.

@@ -2,6 +2,7 @@
 
 from .adamw import adamw_step_
 from .adamw_bitmap import adamw_bitmap_step_
+from .adamw_small import adamw_small_step_
 from .bitmap import gather_bitmap, gather_bitmap_many, scatter_bitmap_, scatter_bitmap_many_
 from .gather import gather, gather_many
 from .scatter import scatter_, scatter_many_
@@ -9,6 +10,7 @@ from .weight_grad import weight_grad
 
 __all__ = [
     "adamw_bitmap_step_",
+    "adamw_small_step_",
     "adamw_step_",
     "gather",
     "gather_bitmap",

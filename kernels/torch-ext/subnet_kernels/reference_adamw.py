@@ -1,92 +1,218 @@
-"""Torch twins of compact AdamW with small state: 8-bit moments, bf16 values with a residual.
+"""Torch twins of compact AdamW with the write into the weights, with the kernels' signatures.
 
-Moments are quantized in blocks of ``BLOCK`` entries with one fp32 scale, the block's largest
-magnitude, after companding: a square root for ``exp_avg``, a fourth root for ``exp_avg_sq``. The
-code of a positive ``exp_avg_sq`` is never 0, so that no denominator vanishes.
-
-A residual keeps what rounding a value to bf16 loses: the error as a signed byte, in 1/254 of the
-distance to the next bf16 value.
+`table` is the kernels' cache of pointers; a twin has no use for it.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
-BLOCK = 256
+from . import small_state
+from .reference_multi import scatter_many_
 
-
-def quantize(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a moment to 8 bits.
-
-    Args:
-        x: (nnz,) float32; not negative unless ``signed``.
-        signed: ``exp_avg`` (True) or ``exp_avg_sq`` (False).
-
-    Returns:
-        codes: (nnz,) int8 when signed, else uint8. scales: (ceil(nnz / BLOCK),) float32.
-    """
-    blocks = _blocks(x)
-    scales = blocks.abs().amax(dim=1)
-    unit = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    if signed:
-        codes = unit.abs().sqrt_().copysign_(unit).mul_(127).round_().to(torch.int8)
-    else:
-        least = blocks.sign()  # 1 where positive
-        codes = unit.sqrt_().sqrt_().mul_(255).round_().maximum(least).to(torch.uint8)
-    return codes.reshape(-1)[: x.numel()], scales
+STRETCH = 1 << 17  # entries stepped at a time with small state: no more of them exist in fp32
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Invert `quantize`: (nnz,) float32."""
-    unit = _blocks(codes.float())
-    if codes.dtype == torch.int8:
-        unit = unit.mul_(1 / 127)
-        unit = unit * unit.abs()
-    else:
-        unit = unit.mul_(1 / 255).square_().square_()
-    return unit.mul_(scales[:, None]).reshape(-1)[: codes.numel()]
+def adamw_step_(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    denses: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float | Tensor = 1.0,
+    table: object = None,
+) -> None:
+    """Step AdamW on compact values and write them, rounded, into their dense weights.
 
+    With g = grad_scale * grad, by torch's fused AdamW::
 
-def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split fp32 values into bf16 values and residuals.
+        p -= lr * weight_decay * p
+        m += (g - m) * (1 - beta1)
+        v  = beta2 * v + (1 - beta2) * g * g
+        p -= lr / (1 - beta1**step) * m / (sqrt(v) / sqrt(1 - beta2**step) + eps)
+        dense.flatten()[indices] = p
 
     Args:
-        x: (nnz,) float32, finite.
-
-    Returns:
-        values: (nnz,) bfloat16, nearest even. residual: (nnz,) int8.
+        values: each (nnz,) float32, contiguous; p, changed in place.
+        grads: each (nnz,) float32, contiguous.
+        exp_avgs: each (nnz,) float32, contiguous; m, changed in place.
+        exp_avg_sqs: each (nnz,) float32, contiguous; v, changed in place.
+        denses: each of any shape, float32|bfloat16|float16, contiguous; changed at `indices` only.
+            None at all, here but not in the kernel: nothing to write.
+        indices: each (nnz,) int64, flat positions in the dense weight, none twice.
+        step: how many steps with this one, from 1.
+        lr: learning rate.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: added to the denominator.
+        weight_decay: decoupled, a factor of lr.
+        grad_scale: multiplies the gradients: 1 / loss scale, or clipping's coefficient. A tensor
+            of one float32 on the gradients' device spares waiting for it.
+        table: unused.
     """
-    values = x.to(torch.bfloat16)
-    codes = (x - values).div_(_outward_half_step(values)).mul_(127).round_().clamp_(-127, 127)
-    # From a power of two the next value inward is half as far: -63 stays short of the midpoint.
-    bits = values.view(torch.int16)
-    closer = (bits & 0x7F == 0).logical_and_(bits & 0x7F00 != 0)
-    codes = codes.to(torch.int8)
-    return values, torch.where(closer, codes.clamp(min=-63), codes)
+    update_(
+        values,
+        scaled(grads, grad_scale),
+        exp_avgs,
+        exp_avg_sqs,
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    if denses:
+        scatter_many_(denses, indices, values)
 
 
-def join(values: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Invert `split`, to within 1/400 of a bf16 step (1/200 at a power of two).
+def adamw_small_step_(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    denses: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    *,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    residuals: Sequence[Tensor] | None = None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float | Tensor = 1.0,
+    table: object = None,
+) -> None:
+    """Do `adamw_step_` with small state: 8-bit moments, bf16 values with a residual, or both.
 
     Args:
-        values: (nnz,) bfloat16.
-        residual: (nnz,) int8.
-
-    Returns:
-        (nnz,) float32; rounds to ``values`` again.
+        values: each (nnz,) float32, with `residuals` bfloat16, contiguous; changed in place.
+        grads: each (nnz,) float32|bfloat16, contiguous.
+        exp_avgs: each (nnz,) float32, with scales int8, contiguous; changed in place.
+        exp_avg_sqs: each (nnz,) float32, with scales uint8, contiguous; changed in place.
+        denses: as in `adamw_step_`.
+        indices: as in `adamw_step_`.
+        exp_avg_scales: each (ceil(nnz / 256),) float32, see `small_state`; None: moments are fp32.
+        exp_avg_sq_scales: alike; both or none.
+        residuals: each (nnz,) int8; None: values are fp32.
+        step: how many steps with this one, from 1; also turns the rounding of residuals.
+        lr: learning rate.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: added to the denominator.
+        weight_decay: decoupled, a factor of lr.
+        grad_scale: multiplies the gradients.
+        table: unused.
     """
-    return _outward_half_step(values).mul_(residual).mul_(_INSIDE / 127).add_(values)
+    numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    for row, value in enumerate(values):
+        state = {
+            "values": value,
+            "grads": grads[row],
+            "exp_avgs": exp_avgs[row],
+            "exp_avg_sqs": exp_avg_sqs[row],
+        }
+        scales = {}
+        if exp_avg_scales is not None and exp_avg_sq_scales is not None:
+            scales = {"exp_avgs": exp_avg_scales[row], "exp_avg_sqs": exp_avg_sq_scales[row]}
+        if residuals is not None:
+            state["residuals"] = residuals[row]
+        # One tensor at a time, some entries at a time: only theirs exist in fp32.
+        for start in range(0, value.numel(), STRETCH):
+            own, blocks = (slice(start // n, (start + STRETCH) // n) for n in (1, small_state.BLOCK))
+            small_update_(
+                {name: tensor[own] for name, tensor in state.items()},
+                {name: tensor[blocks] for name, tensor in scales.items()},
+                grad_scale,
+                step=step,
+                **numbers,
+            )
+    if denses:
+        scatter_many_(denses, indices, values)
 
 
-# A reconstruction must not reach the midpoint between two bf16 values, where it might round away.
-_INSIDE = 1 - 2.0**-10
+def small_update_(
+    state: dict[str, Tensor],
+    scales: dict[str, Tensor],
+    grad_scale: float | Tensor,
+    *,
+    step: int,
+    **numbers: float,
+) -> None:
+    """Step one tensor's entries in fp32 and put them back small.
+
+    Args:
+        state: values, grads, exp_avgs, exp_avg_sqs, perhaps residuals; changed in place.
+        scales: of the moments, empty where they are fp32; changed in place.
+        grad_scale: multiplies the gradients.
+        step: how many steps with this one.
+        numbers: as `update_` takes.
+    """
+    values, residual = state["values"], state.get("residuals")
+    exact = values if residual is None else small_state.join(values, residual)
+    moments = [state["exp_avgs"], state["exp_avg_sqs"]]
+    if scales:
+        pairs = zip(moments, scales.values(), strict=True)
+        moments = [small_state.dequantize(*pair) for pair in pairs]
+    grads = scaled([state["grads"].float()], grad_scale)
+    update_([exact], grads, moments[:1], moments[1:], step=step, **numbers)
+    for (name, scale), moment in zip(scales.items(), moments, strict=False):
+        codes, new = small_state.quantize(moment, signed=name == "exp_avgs")
+        state[name].copy_(codes)
+        scale.copy_(new)
+    if residual is not None:
+        new_values, new_residual = small_state.split(exact, small_state.dither(step))
+        values.copy_(new_values)
+        residual.copy_(new_residual)
 
 
-def _outward_half_step(values: torch.Tensor) -> torch.Tensor:
-    """Half the way from each bf16 value to the next one away from zero, float32, signed."""
-    bits = values.view(torch.int16)
-    power = (bits & 0x7F80).clamp_(min=0x80).bitwise_or_(bits & -0x8000)  # subnormals step as 0x80
-    return power.view(torch.bfloat16).float().mul_(2.0**-8)
+def update_(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Step AdamW in place, all fp32 and on one device: what ``AdamW(fused=True)`` calls."""
+    if values:
+        count = torch.full((), float(step), device=values[0].device)  # read, not counted up
+        torch._fused_adamw_(
+            values,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            [count] * len(values),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
-def _blocks(x: torch.Tensor) -> torch.Tensor:
-    rest = -x.numel() % BLOCK
-    return (torch.nn.functional.pad(x, (0, rest)) if rest else x).view(-1, BLOCK)
+def scaled(grads: Sequence[Tensor], grad_scale: float | Tensor) -> Sequence[Tensor]:
+    """Return the gradients times a scale, themselves where it is the number 1."""
+    if isinstance(grad_scale, float) and grad_scale == 1:
+        return grads
+    return [grad * grad_scale for grad in grads]

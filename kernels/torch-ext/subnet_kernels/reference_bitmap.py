@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import reference, reference_multi
+from . import reference, reference_adamw
 from .encoding import Bitmap, decode_bitmap
 
 
@@ -79,9 +79,9 @@ def adamw_bitmap_step_(
     grad_scale: float | Tensor = 1.0,
     table: object = None,
 ) -> None:
-    """Step AdamW and write the weights: `reference_multi.adamw_step_` over decoded bitmaps."""
+    """Step AdamW and write the weights: `reference_adamw.adamw_step_` over decoded bitmaps."""
     indices = [decode_bitmap(bitmap) for bitmap in bitmaps]
-    reference_multi.adamw_step_(
+    reference_adamw.adamw_step_(
         values,
         grads,
         exp_avgs,
