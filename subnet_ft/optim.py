@@ -43,7 +43,9 @@ class SubnetAdamW(torch.optim.Optimizer):
         >>> trainer.optimizer_cls_and_kwargs = (SubnetAdamW, {"lr": 1e-5})  # doctest: +SKIP
     """
 
-    writes_weights = True  # the hook that flushes after every optimizer's step leaves it to this one
+    writes_weights = (
+        True  # the hook that flushes after every optimizer's step leaves it to this one
+    )
 
     def __init__(
         self,

@@ -1,8 +1,6 @@
 """Triton kernels against their torch twins and float64, interpreted where there is no GPU."""
 
-import importlib
 import inspect
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from subnet_ft.storage.codec import encode_indices
-from subnet_kernels import _ops, _tune, encoding, twins
+from subnet_kernels import _tune, encoding, twins
 from subnet_kernels._launch import LaunchTable
 from subnet_kernels.encoding import Bitmap, choose_encoding, decode_bitmap, encode_bitmap
 from tests.helpers import assert_same_bits
@@ -369,42 +367,3 @@ def test_the_package_needs_no_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = __import__("subnet_kernels").no_such_name
-
-
-OPERANDS = {
-    "gather": lambda: (torch.randn(4, 5), torch.arange(0, 20, 3)),
-    "gather_into": lambda: (torch.randn(4, 5), torch.arange(0, 20, 3), torch.ones(7), True),
-    "scatter_": lambda: (torch.randn(4, 5).bfloat16(), torch.arange(0, 20, 3), torch.randn(7)),
-}
-
-
-@pytest.mark.parametrize("name", OPERANDS)
-def test_operators_are_what_torch_expects(name: str) -> None:
-    arguments = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in OPERANDS[name]()]
-    torch.library.opcheck(getattr(_ops, name), tuple(arguments))
-
-
-def test_operators_keep_a_full_graph() -> None:
-    def step(dense: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-        _ops.scatter_(dense, indices, values * 2)
-        _ops.gather_into(dense, indices, values, True)
-        return _ops.gather(dense, indices) + values
-
-    dense, indices, values = (a.to(DEVICE) for a in OPERANDS["scatter_"]())
-    other, same = dense.clone(), values.clone()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert_same_bits(compiled(dense, indices, values), step(other, indices, same))
-    assert_same_bits(dense, other)
-    assert_same_bits(values, same)
-
-
-def test_a_copy_under_another_name_has_operators_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(KERNEL_ROOT / "subnet_kernels", tmp_path / "staged_copy")
-    monkeypatch.syspath_prepend(tmp_path)
-    staged = importlib.import_module("staged_copy._ops")
-    monkeypatch.setattr(staged.reference, "gather", lambda dense, indices: torch.zeros(1))
-    dense, indices = torch.ones(2), torch.arange(2)
-    assert torch.ops.staged_copy.gather(dense, indices).tolist() == [0.0]
-    assert torch.ops.subnet_kernels.gather(dense, indices).tolist() == [1.0, 1.0]

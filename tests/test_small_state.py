@@ -1,7 +1,5 @@
 """Small optimizer state: what is lost, what is not, and the kernel against its twin and float64."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +23,12 @@ from tests.test_kernels import FP32_TOLERANCE
 
 EXPONENTS = torch.tensor([0, 1, 100, 127, 254], dtype=torch.int32)
 SMALL = [(8, False), (32, True), (8, True)]
-CASES = [Case((1, 1), "all"), Case((17, 23), "last"), Case((33, 31), "all"), Case((63, 19), "third")]
+CASES = [
+    Case((1, 1), "all"),
+    Case((17, 23), "last"),
+    Case((33, 31), "all"),
+    Case((63, 19), "third"),
+]
 
 
 @pytest.mark.parametrize("exponent", EXPONENTS.tolist())
@@ -90,7 +93,6 @@ def test_8_bit_moments(numel: int) -> None:
     assert small.quantize(torch.zeros(numel), signed=False)[0].eq(0).all()
 
 
-
 def decoded(state: dict[str, list[Tensor]]) -> list[list[Tensor]]:
     """Return values, exp_avgs and exp_avg_sqs in fp32."""
     values, moments = state["values"], [state["exp_avgs"], state["exp_avg_sqs"]]
@@ -128,7 +130,9 @@ def test_the_kernel_is_no_worse_than_its_twin(
 ) -> None:
     indices = [case.indices() for case in CASES]
     denses = [dense_of(case, dtype) for case in CASES]
-    kernel = fresh_state([twins.gather(d, i) for d, i in zip(denses, indices, strict=True)], bits, residual)
+    kernel = fresh_state(
+        [twins.gather(d, i) for d, i in zip(denses, indices, strict=True)], bits, residual
+    )
     before = [dense.clone() for dense in denses]
     for step in (1, 2):
         twin = {name: [t.clone() for t in column] for name, column in kernel.items()}
@@ -159,7 +163,9 @@ def test_operands_of_another_kind_are_refused() -> None:
     rest = [[torch.zeros(3, device=DEVICE)], [torch.arange(3, device=DEVICE)]]
     moments = [[torch.zeros(3, device=DEVICE)] for _ in "mv"]
     residuals = [torch.zeros(3, dtype=torch.int8, device=DEVICE)]
-    scales = {f"{name}_scales": [torch.zeros(2, device=DEVICE)] for name in ("exp_avg", "exp_avg_sq")}
+    scales = {
+        f"{name}_scales": [torch.zeros(2, device=DEVICE)] for name in ("exp_avg", "exp_avg_sq")
+    }
     for columns, options, message in (
         ([[codes[0]], [codes[1]]], {}, "exp_avgs of tensor 0: expected dtype float32, got"),
         (moments, {"residuals": residuals}, "values of tensor 0: expected dtype bfloat16"),

@@ -4,10 +4,14 @@ Torch twin on the CPU, Triton kernel on a GPU. The namespace is this package's n
 under another one registers operators of its own and leaves these alone.
 """
 
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, twins
 from .reference_weight_grad import weight_grad as weight_grad_twin
 
 NAMESPACE = "".join(c if c.isalnum() else "_" for c in __name__.rpartition(".")[0])
@@ -74,6 +78,74 @@ def _(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return dy.new_empty(indices.shape, dtype=torch.float32)
 
 
+@torch.library.custom_op(
+    f"{NAMESPACE}::adamw_step_",
+    mutates_args=(
+        "values",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "denses",
+        "exp_avg_scales",
+        "exp_avg_sq_scales",
+        "residuals",
+    ),
+    device_types="cpu",
+)
+def adamw_step_(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    denses: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Step AdamW on compact values and write their weights, with fp32 or small state.
+
+    Args: as of `reference_adamw.adamw_small_step_`; lists without a tensor for state that is fp32.
+    """
+    numbers = (step, lr, beta1, beta2, eps, weight_decay)
+    columns = [values, grads, exp_avgs, exp_avg_sqs, denses, indices]
+    _step(twins, columns, exp_avg_scales, exp_avg_sq_scales, residuals, grad_scale, numbers)
+
+
+def _step(
+    serving: ModuleType,
+    columns: Sequence[Sequence[Tensor]],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    grad_scale: Tensor,
+    numbers: Sequence[float],
+) -> None:
+    names = ("step", "lr", "beta1", "beta2", "eps", "weight_decay")
+    options = {"grad_scale": grad_scale, **dict(zip(names, numbers, strict=True))}
+    if not exp_avg_scales and not residuals:
+        serving.adamw_step_(*columns, **options)
+        return
+    serving.adamw_small_step_(
+        *columns,
+        exp_avg_scales=exp_avg_scales or None,
+        exp_avg_sq_scales=exp_avg_sq_scales or None,
+        residuals=residuals or None,
+        **options,
+    )
+
+
+@adamw_step_.register_fake
+def _(*arguments: object) -> None:
+    return None
+
+
 @gather.register_fake
 def _(dense: Tensor, indices: Tensor) -> Tensor:
     return dense.new_empty(indices.shape, dtype=torch.float32)
@@ -109,3 +181,10 @@ def _(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     from . import jitted
 
     jitted.scatter_(dense, indices, values)
+
+
+@adamw_step_.register_kernel(GPUS)
+def _(*arguments: Any) -> None:
+    from . import jitted
+
+    _step(jitted, arguments[:6], *arguments[6:10], arguments[10:])

@@ -90,7 +90,7 @@ def _adamw_small_kernel(
     RESIDUALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Compute `adamw_update` of every entry, its small state taken apart before, put together after.
+    """Compute `adamw_update` of every entry: its state widened before, made small again after.
 
     Grid: one program for BLOCK entries of one tensor, BLOCK / 256 blocks of 8-bit moments. Table
     columns: dense, indices, values, grads, exp_avgs, exp_avg_sqs, the moments' scales, residuals;
@@ -162,8 +162,8 @@ def adamw_small_step_(
     """Step AdamW with small state and write the values into their dense weights, in one pass.
 
     One launch for each combination of dtypes; all tensors on one device. Arguments as in
-    `reference_adamw.adamw_small_step_`, indices also int32. There is none over bitmaps: a program of
-    theirs sees parts of the blocks of 256 compact entries that share a scale.
+    `reference_adamw.adamw_small_step_`, indices also int32. There is none over bitmaps: a
+    program of theirs sees parts of the blocks of 256 compact entries that share a scale.
 
     Raises:
         ValueError: a dtype, size, stride or device is not as there, or step is not positive.

@@ -131,7 +131,8 @@ def adamw_small_step_(
             state["residuals"] = residuals[row]
         # One tensor at a time, some entries at a time: only theirs exist in fp32.
         for start in range(0, value.numel(), STRETCH):
-            own, blocks = (slice(start // n, (start + STRETCH) // n) for n in (1, small_state.BLOCK))
+            end, block = start + STRETCH, small_state.BLOCK
+            own, blocks = slice(start, end), slice(start // block, end // block)
             small_update_(
                 {name: tensor[own] for name, tensor in state.items()},
                 {name: tensor[blocks] for name, tensor in scales.items()},

@@ -57,8 +57,8 @@ def split(x: torch.Tensor, dither: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split fp32 values into bf16 values and the next 8 bits of the mantissa.
 
     Rounding to nearest would lose every update of less than half a code, at each step anew. With
-    another `dither` at every step the cut goes up as often as it should: nothing is lost on average,
-    and what fits stays as it is.
+    another `dither` at every step the cut goes up as often as it should: nothing is lost on
+    average, and what fits stays as it is.
 
     Args:
         x: (nnz,) float32.
