@@ -1,6 +1,6 @@
 """SubnetAdamW: AdamW over the subnetwork's entries alone, and their way into the weights."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,14 @@ import torch
 from subnet_ft import ops
 from subnet_ft.adapter.layer import SubnetLayer
 from subnet_ft.adapter.registry import Registry
+from subnet_ft.adapter.writing import flush_all
 from subnet_ft.errors import ConfigError
 from subnet_ft.gradient_release import Release
 from subnet_kernels import small_state
 
 STATE_BITS = (32, 8)
 MASTERS = ("fp32", "residual")
+Pair = tuple[torch.Tensor, SubnetLayer | None]  # a parameter and the sidecar it belongs to
 
 
 class SubnetAdamW(torch.optim.Optimizer):
@@ -95,36 +97,33 @@ class SubnetAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self.release_gradients:
-            for group in self.param_groups:
-                self._step_group([p for p in group["params"] if p.grad is not None], group)
+            find = self._registry.layer
+            found = [[(p, find(p)) for p in group["params"]] for group in self.param_groups]
+            for layer in {layer for pairs in found for _, layer in pairs if layer is not None}:
+                layer.forget_norms()
+            for pairs, group in zip(found, self.param_groups, strict=True):
+                self._step_group([pair for pair in pairs if pair[0].grad is not None], group)
         return loss
 
     def _step_now(self, parameter: torch.Tensor, group: int) -> None:
-        self._step_group([parameter], self.param_groups[group])
+        self._step_group([(parameter, self._registry.layer(parameter))], self.param_groups[group])
 
-    def _step_group(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+    def _step_group(self, pairs: list[Pair], group: dict[str, Any]) -> None:
         """Step parameters that have gradients, in one pass those that have made as many steps."""
-        alike: dict[float, list[torch.Tensor]] = {}
-        for parameter in parameters:
-            state = self.state[parameter] or self._start(parameter)
-            state["step"] += 1
-            alike.setdefault(state["step"].item(), []).append(parameter)
-        for step, members in alike.items():
-            masked, rest, layers = [], [], []
-            for parameter in members:
-                layer = self._registry.layer(parameter)
-                # Under several live adapters the weight is not these values: `flush` adds them up.
-                if layer is not None and len(layer.live_subnets) == 1:
-                    masked.append(parameter)
-                    layers.append(layer)
-                else:
-                    rest.append(parameter)
-            if masked:
-                self._step_alike(masked, layers, int(step), group, impl=None)
-            if rest:
-                self._step_alike(rest, [], int(step), group, impl="torch")
-                for layer in filter(None, map(self._registry.layer, rest)):
-                    layer.flush()
+        if not pairs:
+            return
+        steps = [(self.state[p] or self._start(p))["step"] for p, _ in pairs]
+        torch._foreach_add_(steps, 1)
+        alike: dict[tuple[float, bool], list[Pair]] = {}
+        for (parameter, layer), step in zip(pairs, torch.stack(steps).tolist(), strict=True):
+            # Under several live adapters the weight is not these values: `flush` adds them up.
+            alone = layer is not None and len(layer.live_subnets) == 1
+            alike.setdefault((step, alone), []).append((parameter, layer))
+        for (step, alone), members in alike.items():
+            parameters, layers = zip(*members, strict=True)
+            self._step_alike(parameters, layers if alone else (), int(step), group)
+            if not alone:
+                flush_all([layer for layer in layers if layer is not None])
 
     def _start(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """Give a parameter its state, all zero; small state is flat."""
@@ -152,13 +151,13 @@ class SubnetAdamW(torch.optim.Optimizer):
 
     def _step_alike(
         self,
-        parameters: list[torch.Tensor],
-        layers: list[SubnetLayer],
+        parameters: Sequence[torch.Tensor],
+        layers: Sequence[SubnetLayer],
         step: int,
         group: dict[str, Any],
-        impl: str | None,
     ) -> None:
         """Step parameters and write the weights of their layers; without layers, write none."""
+        impl = None if layers else "torch"  # no kernel steps what no weight holds
         states = [self.state[parameter] for parameter in parameters]
         columns = [
             parameters,

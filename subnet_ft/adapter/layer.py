@@ -190,6 +190,12 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         """
         flush_all([self])
 
+    def forget_norms(self) -> None:
+        """Let go of the norms noted for ``clip="dense"``: a step comes after clipping."""
+        for subnet in self.live_subnets:
+            if subnet.offmask is not None:
+                subnet.offmask.forget()
+
     def count_write(self) -> None:
         """Note that the live values were written: a graph from before must not be used."""
         self.__dict__["written"] += 1  # nn.Module's own way in takes 5 us

@@ -47,6 +47,8 @@ def install() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if getattr(optimizer, "writes_weights", False):
+        return  # SubnetAdamW knows its sidecars
     layers = _stepping[optimizer] = layers_of(optimizer)
     if not layers:
         return
@@ -66,17 +68,14 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     lossless = getattr(optimizer, "master", None) == "residual"
     for layer in layers:
         for subnet in layer.live_subnets:
-            if subnet.values.dtype == torch.bfloat16 and not lossless:
+            if not lossless and subnet.values.dtype == torch.bfloat16:
                 raise ConfigError(
                     f"{layer.name}: bf16 values lose small updates: expected SubnetAdamW("
                     f'master="residual"), found {type(optimizer).__name__}; use that, or '
                     'values_dtype="float32"'
                 )
-            if subnet.offmask is not None:
-                subnet.offmask.forget()
+        layer.forget_norms()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers = _stepping.pop(optimizer, [])
-    if not getattr(optimizer, "writes_weights", False):
-        flush_all(layers)
+    flush_all(_stepping.pop(optimizer, []))
