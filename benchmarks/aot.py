@@ -31,7 +31,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from subnet_kernels import adamw, adamw_bitmap, bitmap, gather, scatter, weight_grad
+from subnet_kernels import (
+    adamw,
+    adamw_bitmap,
+    adamw_small,
+    bitmap,
+    gather,
+    scatter,
+    weight_grad,
+)
 from subnet_kernels._tune import SEARCH, Config
 from subnet_kernels.encoding import TILE_COLS
 
@@ -95,6 +103,20 @@ def weight_grad_cases() -> Iterator[Case]:
             )
 
 
+def small_cases() -> Iterator[Case]:
+    """Yield 8-bit moments on every dtype, a residual, with either moments, on bf16 alone."""
+    codes, moments = (tl.int8, tl.uint8), (tl.float32, tl.float32)
+    kinds = [(dense, codes, tl.float32) for dense in FLOATS]
+    kinds += [(tl.bfloat16, kind, tl.bfloat16) for kind in (moments, codes)]
+    for dense, (exp_avg, exp_avg_sq), master in kinds:
+        state = dict.fromkeys(("VALUES", "GRADS"), master)
+        state |= {"EXP_AVGS": exp_avg, "EXP_AVG_SQS": exp_avg_sq}
+        state |= dict.fromkeys(("EXP_AVG_SCALES", "EXP_AVG_SQ_SCALES"), tl.float32)
+        for index in INDICES:
+            constants = {"DENSE": dense, "INDEX": index, **state, "RESIDUALS": tl.int8}
+            yield over_table(adamw_small._adamw_small_kernel, constants, HEAVIEST)
+
+
 def cases() -> Iterator[Case]:
     """Yield every kernel with every dtype and index type; compact tensors are fp32."""
     out, values = {"OUT": tl.float32}, {"VALUES": tl.float32}
@@ -113,6 +135,7 @@ def cases() -> Iterator[Case]:
             yield over_table(bitmap._gather_bitmap_kernel, constants, bitmap.CONFIG)
         yield over_table(bitmap._scatter_bitmap_kernel, {**bits, **values}, bitmap.CONFIG)
         yield over_table(adamw_bitmap._adamw_bitmap_kernel, {**bits, **state}, bitmap.CONFIG)
+    yield from small_cases()
     yield from weight_grad_cases()
 
 

@@ -75,6 +75,10 @@ _launch.is_interpreted = lambda _: True
 jitted.gather(dense, indices.int(), out, accumulate=True)
 jitted.scatter_(dense, indices, out)
 jitted.adamw_step_(*state, [dense], [indices], **numbers)
+small = [[torch.ones(7).bfloat16()], [torch.ones(7).bfloat16()]]
+small += [[torch.ones(7, dtype=dtype)] for dtype in (torch.int8, torch.uint8)]
+scales = dict.fromkeys(("exp_avg_scales", "exp_avg_sq_scales"), [torch.ones(1)])
+jitted.adamw_small_step_(*small, [dense], [indices], residuals=small[2], **scales, **numbers)
 jitted.gather_bitmap(dense, bitmap, out)
 jitted.scatter_bitmap_(dense, bitmap, out)
 jitted.adamw_bitmap_step_(*state, [dense], [bitmap], **numbers, grad_scale=torch.ones(()))
@@ -92,8 +96,8 @@ def test_launchers_call_compiled_kernels_as_the_table_assumes() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     types = {name: rest for name, *rest in map(str.split, done.stdout.splitlines())}
-    assert len(types) == 6
+    assert len(types) == 7
     for name, signature in types.items():
-        scalars = ["*fp32", *["fp32"] * 7] if "adamw" in name else []
+        scalars = ["*fp32", *["fp32"] * (7 + ("small" in name))] if "adamw" in name else []
         dynamic = ["*i64", "*i32", *scalars]
         assert signature == dynamic + ["constexpr"] * (len(signature) - len(dynamic)), name
