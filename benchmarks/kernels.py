@@ -191,8 +191,8 @@ def dense_steps() -> dict[str, Callable[[], Any]]:
     """Return a step of each dense optimizer over all weights, fp32."""
     steps = {}
     for name, optimizer in (
-        ("dense AdamW, fused", lambda p: torch.optim.AdamW(p, fused=True)),
-        ("dense AdamW, bitsandbytes 8-bit", bitsandbytes.optim.AdamW8bit),
+        ("dense fused", lambda p: torch.optim.AdamW(p, fused=True)),
+        ("dense bnb 8-bit", bitsandbytes.optim.AdamW8bit),
     ):
         weights = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in SHAPES]
         for weight in weights:
@@ -274,8 +274,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     table = {
         "machine": machine() | {"device": name, "threads": torch.get_num_threads()},
+        "weight_grad": weight_grad_rows(),  # first: no allocations of others to live off
         "operations": operation_rows(),
-        "weight_grad": weight_grad_rows(),
     }
     (output / f"kernels_{DEVICE.type}.json").write_text(json.dumps(table, indent=1) + "\n")
     show(table)
@@ -283,7 +283,7 @@ def main() -> None:
 
 def show(results: dict[str, Any]) -> None:
     """Print both tables."""
-    console = Console()
+    console = Console(width=120)
     table = Table("density", "what", "ms", "predicted", "GB/s", "of copy", "of dense", "of 8-bit")
     for row in results["operations"]:
         figures = [""] * 3

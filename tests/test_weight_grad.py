@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError, ops
+from subnet_ft.adapter.inject import sidecar_layers
 from subnet_kernels import _ops, encoding, reference_weight_grad, twins
 from tests.helpers import assert_off_mask_untouched, random_mask, snapshot, tiny_llama, tokens
 from tests.kernel_helpers import DEVICE, assert_no_worse, jitted, poisoned
@@ -180,6 +181,15 @@ def test_full_graph() -> None:
 def test_dense_clipping_needs_the_dense_gradient() -> None:
     with pytest.raises(SubnetError, match="clip="):
         SubnetConfig(weight_grad="compact", clip="dense")
+
+
+def test_auto_takes_the_compact_way_where_it_pays() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2048, 1024), torch.nn.Linear(1024, 1024))
+    model = peft.get_peft_model(
+        model, SubnetConfig(density=0.01, weight_grad="auto", include="all")
+    )
+    weights = [layer for layer in sidecar_layers(model) if len(layer.shape) == 2]
+    assert [layer.computes_weight_grad for layer in weights] == [True, False]
 
 
 def peak_of_backward(weight_grad: str) -> int:

@@ -15,7 +15,7 @@ from subnet_ft.selectors import SELECTORS
 # The recipe of an adapter that came from a file: its entries are in the file, not drawn anew.
 FROM_FILE = "file"
 CLIPS = ("compact", "dense")
-WEIGHT_GRADS = ("dense", "compact")
+WEIGHT_GRADS = ("dense", "compact", "auto")
 VALUES_DTYPES = ("float32", "bfloat16")
 
 
@@ -45,7 +45,8 @@ class SubnetConfig(PeftConfig):
         weight_grad: ``"dense"``: entries are gathered from a layer's dense gradient, bit for bit
             what full finetuning has there. ``"compact"``: linear layers compute the gradient at the
             entries alone and never hold a whole dense one, equal up to rounding; embeddings and
-            all other modules still go the dense way.
+            all other modules still go the dense way. ``"auto"``: linear layers do where it pays,
+            see `subnet_ft.adapter.linear.pays`.
         modules_to_save: Modules trained and saved whole beside the adapter, as in all of PEFT.
 
     Raises:
@@ -73,7 +74,7 @@ class SubnetConfig(PeftConfig):
         default="compact", metadata={"help": 'Gradient norm clipping sees: "compact" or "dense".'}
     )
     weight_grad: str = field(
-        default="dense", metadata={"help": 'From the "dense" one (exact), or "compact".'}
+        default="dense", metadata={"help": 'From the "dense" one (exact), "compact" or "auto".'}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole."}
@@ -120,10 +121,10 @@ class SubnetConfig(PeftConfig):
             raise ConfigError(
                 f"weight_grad: expected one of {WEIGHT_GRADS}, found {self.weight_grad!r}"
             )
-        if self.weight_grad == "compact" and self.clip == "dense":
+        if self.weight_grad != "dense" and self.clip == "dense":
             raise ConfigError(
                 'clip="dense" reads the dense gradient: expected weight_grad="dense" with it, '
-                'found "compact"; change either'
+                f"found {self.weight_grad!r}; change either"
             )
         if self.bias != "none":
             raise ConfigError(
@@ -142,7 +143,7 @@ class SubnetConfig(PeftConfig):
         return {
             "dtype": getattr(torch, self.values_dtype),
             "offmask": self.clip == "dense",
-            "compute": self.weight_grad == "compact",
+            "weight_grad": self.weight_grad,
         }
 
     @classmethod

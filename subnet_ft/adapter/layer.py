@@ -10,6 +10,7 @@ from torch import nn
 
 from subnet_ft import ops
 from subnet_ft.adapter.binding import Bind
+from subnet_ft.adapter.linear import pays
 from subnet_ft.adapter.subnet import Subnet
 from subnet_ft.adapter.writing import compose, flush_all, read_entries
 from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedError
@@ -154,7 +155,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         *,
         dtype: torch.dtype = torch.float32,
         offmask: bool = False,
-        compute: bool = False,
+        weight_grad: str = "dense",
     ) -> None:
         """Give ``adapter`` entries of its own, starting at the base's values.
 
@@ -164,12 +165,17 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             originals: (nnz,) the base's values there, in the weight's dtype.
             dtype: Of the values.
             offmask: Serve ``clip="dense"``.
-            compute: Serve ``weight_grad="compact"``.
+            weight_grad: As in `SubnetConfig`.
         """
         self._write(())
         leaf = "bias" if self.owners[0][1] == "bias" else "weight"
         self.subnet_ft_values[adapter] = Subnet(
-            leaf, indices, originals, dtype, len(self.owners) if offmask else 0, compute
+            leaf,
+            indices,
+            originals,
+            dtype,
+            len(self.owners) if offmask else 0,
+            weight_grad == "compact" or (weight_grad == "auto" and pays(self.shape)),
         )
         self.sync()
 

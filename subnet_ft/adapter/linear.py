@@ -6,15 +6,32 @@ layer took in and what came back: the dense gradient never exists. It sums in an
 results equal the ordinary way's only up to rounding.
 """
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from subnet_ft import ops
+from subnet_kernels.reference_weight_grad import CHUNK
 
 if TYPE_CHECKING:
     from subnet_ft.adapter.layer import SubnetLayer
+
+
+def pays(shape: Sequence[int]) -> bool:
+    """Tell whether computing a linear layer's gradient at its entries alone pays.
+
+    It does where the weight has more elements than one chunk of the computation: then less exists
+    at a time than a dense gradient, and by ``benchmarks/results/kernels_cpu.json`` it takes 0.6 to
+    1.0 times as long at (8192, 2048), 1.01 to 1.09 times at (2048, 2048). Of a smaller weight the
+    one chunk is the dense gradient, and the rest is a detour of up to 11%.
+
+    Args:
+        shape: (rows, cols) of the weight.
+    """
+    return math.prod(shape) > CHUNK
 
 
 class WeightGrad(torch.autograd.Function):
