@@ -6,7 +6,7 @@ on one. ``impl=`` forces either for one call, the environment's ``SUBNET_FT_BACK
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -57,15 +57,29 @@ def gather(
 
 
 def weight_grad(
-    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, *, impl: str | None = None
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    tiles: Callable[[], Any] = lambda: None,
+    *,
+    impl: str | None = None,
 ) -> torch.Tensor:
     """Compute a linear layer's weight gradient at its entries alone.
 
     See ``subnet_kernels.reference_weight_grad.weight_grad``.
+
+    Args:
+        dy: (tokens, rows).
+        x: (tokens, cols).
+        indices: (nnz,).
+        tiles: Gives the kernel the same entries by ``encoding.encode_tiles``.
+        impl: Force an implementation.
     """
-    # In torch as an operator: `torch.compile` cannot look into its loop over row chunks.
-    serving = _ops if backend(impl) == "torch" else _serving(impl)
-    result: torch.Tensor = serving.weight_grad(dy, x, indices)
+    if backend(impl) == "torch":
+        # As an operator: `torch.compile` cannot look into its loop over row chunks.
+        result: torch.Tensor = _ops.weight_grad(dy, x, indices)
+    else:
+        result = _serving(impl).weight_grad(dy, x, indices, tiles=tiles())
     return result
 
 

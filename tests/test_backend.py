@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError, SubnetMask, ops
+from subnet_ft.adapter import subnet
 from subnet_ft.adapter.inject import sidecar_layers
 from tests.helpers import (
     assert_off_mask_untouched,
@@ -21,11 +22,13 @@ from tests.kernel_helpers import DEVICE, jitted
 STATES = list(itertools.product([32, 8], ["fp32", "residual"]))
 
 
-def train(bits: int, master: str) -> tuple[peft.PeftModel, SubnetMask]:
+def train(bits: int, master: str, weight_grad: str = "dense") -> tuple[peft.PeftModel, SubnetMask]:
     base = tiny_llama(torch.bfloat16).to(DEVICE)
     mask = random_mask(base, 0.1)
     dtype = "bfloat16" if master == "residual" else "float32"
-    model = peft.get_peft_model(base, SubnetConfig(mask=mask, values_dtype=dtype))
+    model = peft.get_peft_model(
+        base, SubnetConfig(mask=mask, values_dtype=dtype, weight_grad=weight_grad)
+    )
     values = [p for p in model.parameters() if p.requires_grad]
     optimizer = SubnetAdamW(values, lr=1e-3, state_bits=bits, master=master)
     for step in range(3):
@@ -62,11 +65,29 @@ def test_forced_kernels_train_as_torch_does(
     weights = {name: w for name, w in after.items() if "subnet_ft" not in name}
     assert_off_mask_untouched(base, weights, mask)
     for ours, theirs in zip(sidecar_layers(model), sidecar_layers(exact), strict=True):
-        subnet = ours.subnets()[0]
-        held = ours.weight.flatten()[subnet.indices]
-        assert_same_bits(held, subnet.values.to(torch.bfloat16), ours.name)
-        moved = subnet.values.float() - subnet.originals.float()
+        entries = ours.subnets()[0]
+        held = ours.weight.flatten()[entries.indices]
+        assert_same_bits(held, entries.values.to(torch.bfloat16), ours.name)
+        moved = entries.values.float() - entries.originals.float()
         right = theirs.subnets()[0].values.float() - theirs.subnets()[0].originals.float()
+        assert (moved - right).norm() <= 0.05 * right.norm(), ours.name
+
+
+def test_forced_weight_grad_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, _ = train(32, "fp32", "compact")
+    monkeypatch.setenv("SUBNET_FT_BACKEND", "triton")
+    encoded = []
+    encode = subnet.encode_tiles
+    monkeypatch.setattr(
+        subnet,
+        "encode_tiles",
+        lambda *a: encoded.append(a) or encode(*a),  # type: ignore[func-returns-value]
+    )
+    model, _ = train(32, "fp32", "compact")
+    assert encoded and len({indices.data_ptr() for indices, *_ in encoded}) == len(encoded)
+    for ours, theirs in zip(sidecar_layers(model), sidecar_layers(exact), strict=True):
+        base = ours.subnets()[0].originals.float()
+        moved, right = (layer.subnets()[0].values - base for layer in (ours, theirs))
         assert (moved - right).norm() <= 0.05 * right.norm(), ours.name
 
 

@@ -8,6 +8,7 @@ results equal the ordinary way's only up to rounding.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from subnet_kernels.reference_weight_grad import CHUNK
 
 if TYPE_CHECKING:
     from subnet_ft.adapter.layer import SubnetLayer
+    from subnet_ft.adapter.subnet import Subnet
 
 
 def pays(shape: Sequence[int]) -> bool:
@@ -72,10 +74,13 @@ class WeightGrad(torch.autograd.Function):
         subnets = ctx.sidecar.recall(ctx.mark)
         dy = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         x = inputs.reshape(-1, inputs.shape[-1]).contiguous()
-        compact = [
-            ops.weight_grad(dy, x, subnet.indices).to(subnet.values.dtype) if needed else None
-            for subnet, needed in zip(subnets, ctx.needs_input_grad[3:], strict=True)
-        ]
+
+        def compute(subnet: "Subnet") -> torch.Tensor:
+            tiles = partial(subnet.tiles, dy.shape[1], x.shape[1])
+            return ops.weight_grad(dy, x, subnet.indices, tiles).to(subnet.values.dtype)
+
+        needed = zip(subnets, ctx.needs_input_grad[3:], strict=True)
+        compact = [compute(subnet) if wanted else None for subnet, wanted in needed]
         return gradient, None, None, *compact
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from subnet_ft.adapter.clip import OffMaskNorm
 from subnet_ft.errors import MaskMismatchError
 from subnet_ft.storage.codec import checksum
+from subnet_kernels.encoding import Tiles, encode_tiles
 
 MASK_ID = "mask_id"
 
@@ -48,6 +49,7 @@ class Subnet(nn.Module):
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("originals", originals, persistent=False)
         self.base_checksum = checksum(originals)
+        self._tiles: Tiles | None = None
         self.offmask = OffMaskNorm(self, offmask_uses) if offmask_uses else None
 
     @property
@@ -56,6 +58,17 @@ class Subnet(nn.Module):
         values = self._parameters[self.leaf]
         assert values is not None
         return values
+
+    def tiles(self, rows: int, cols: int) -> Tiles:
+        """Return the entries as the kernel of `weight_grad` reads them, made at the first call.
+
+        Args:
+            rows: Of the weight.
+            cols: Of the weight.
+        """
+        if self._tiles is None or self._tiles.bits.device != self.indices.device:
+            self._tiles = encode_tiles(self.indices, rows, cols)
+        return self._tiles
 
     def mask_id(self) -> torch.Tensor:
         """Identify the indices, shape () int64; stored where values are saved without them."""

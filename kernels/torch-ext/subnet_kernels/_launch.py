@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tune import Config, best_config, is_interpreted
+from ._tune import SEARCH, Config, best_config, is_interpreted
 
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INDICES = {torch.int32: tl.int32, torch.int64: tl.int64}
@@ -59,6 +59,7 @@ def launch(
     table: LaunchTable | None,
     *arguments: Any,
     config: Config | None = None,
+    search: Sequence[Config] = SEARCH,
     **constants: Any,
 ) -> None:
     """Run a kernel over many tensors, once for each device and combination of dtypes.
@@ -71,6 +72,7 @@ def launch(
         table: keeps the pointers between calls.
         arguments: passed on.
         config: sizes of a program; None has them chosen.
+        search: what to choose them from.
         constants: passed on.
 
     Raises:
@@ -102,7 +104,7 @@ def launch(
             make_group(
                 [[column.tensors[row] for column in columns] for row in members],
                 [lengths[row] for row in members],
-                config or best_config(kernel, device, dtypes, timed),
+                config or best_config(kernel, device, dtypes, timed, search),
             )
             for (device, dtypes), members in rows.items()
         ]

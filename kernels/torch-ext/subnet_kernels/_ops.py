@@ -187,4 +187,5 @@ def _(dense: Tensor, indices: Tensor, values: Tensor) -> None:
 def _(*arguments: Any) -> None:
     from . import jitted
 
-    _step(jitted, arguments[:6], *arguments[6:10], arguments[10:])
+    columns, (scales, sq_scales, residuals, grad_scale) = arguments[:6], arguments[6:10]
+    _step(jitted, columns, scales, sq_scales, residuals, grad_scale, arguments[10:])

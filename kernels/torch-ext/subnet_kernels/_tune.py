@@ -1,6 +1,6 @@
 """Block sizes: fixed when interpreted, on a device the fastest of four, timed once on scratch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ def best_config(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     run: Callable[[list[Tensor], int, Config], Callable[[], None]],
+    search: Sequence[Config] = SEARCH,
 ) -> Config:
     """Choose the block size of a kernel for a device and dtypes.
 
@@ -46,13 +47,14 @@ def best_config(
         dtypes: of each of its columns; int32 and int64 are indices.
         run: given a tensor a column, the number of entries and a configuration, returns what to
             time.
+        search: what to choose from.
     """
     if is_interpreted(kernel):
         return INTERPRETED
     key = (kernel, device, dtypes)
     if key not in _best:
         columns = [_scratch(dtype, device) for dtype in dtypes]
-        _best[key] = min(SEARCH, key=lambda c: milliseconds(run(columns, SCRATCH_ENTRIES, c)))
+        _best[key] = min(search, key=lambda c: milliseconds(run(columns, SCRATCH_ENTRIES, c)))
     return _best[key]
 
 

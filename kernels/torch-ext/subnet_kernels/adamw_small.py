@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import small_state
+from . import _tune, small_state
 from ._jit import converted, find_work, larger, pointer
 from ._launch import FLOATS, INDICES, Column, LaunchTable, launch
 from .adamw import adamw_update, scalars, scale_tensor
 
 SPAN = tl.constexpr(small_state.BLOCK)
+# Of those in `_tune`, the ones of 4 entries a thread: with 8, sm_90 puts some on the stack.
+SEARCH = tuple(config for config in _tune.SEARCH if config.block <= 128 * config.num_warps)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -199,4 +201,4 @@ def adamw_small_step_(
     if values:
         scale = scale_tensor(grad_scale, values[0].device)
         dither = float(small_state.dither(step))
-        launch(_adamw_small_kernel, columns, nnz, table, scale, *numbers, dither)
+        launch(_adamw_small_kernel, columns, nnz, table, scale, *numbers, dither, search=SEARCH)

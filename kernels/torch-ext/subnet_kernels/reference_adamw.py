@@ -196,10 +196,10 @@ def update_(
     if values:
         count = torch.full((), float(step), device=values[0].device)  # read, not counted up
         torch._fused_adamw_(
-            values,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
+            list(values),
+            list(grads),
+            list(exp_avgs),
+            list(exp_avg_sqs),
             [],
             [count] * len(values),
             lr=lr,
