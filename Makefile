@@ -33,6 +33,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.extract
 	$(BIN)/python -m benchmarks.optimizer
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.small_state
 
