@@ -1,5 +1,7 @@
 """Small optimizer state: what is lost, what is not, and the kernel against its twin and float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def test_a_residual_recovers_every_mantissa(sign: int, exponent: int) -> None:
 def test_over_256_steps_nothing_is_lost_on_average() -> None:
     low = torch.arange(256, dtype=torch.int32)
     x = (low | 0x3F80_1200).view(torch.float32)
-    found = [small.join(*small.split(x, small.dither(step))) for step in range(1, 257)]
+    found = [small.join(*small.split(x, dither)) for dither in map(small.dither, range(1, 257))]
     bits = torch.stack(found).view(torch.int32).double().mean(0)
     assert torch.equal(bits, x.view(torch.int32).double())
 
@@ -79,7 +81,7 @@ def test_nan_and_infinity_stay_what_they_are(bits: int) -> None:
 @pytest.mark.parametrize("numel", [1, 255, 256, 257, 5000])
 def test_8_bit_moments(numel: int) -> None:
     x = torch.randn(numel) * torch.logspace(-6, 0, numel)
-    codes, scales = small.quantize(x, signed=True)
+    codes, scales = small.quantize_exp_avg(x)
     assert codes.dtype == torch.int8 and codes.shape == x.shape
     back = small.dequantize(codes, scales)
     scale = scales.repeat_interleave(small.BLOCK)[:numel]
@@ -87,10 +89,24 @@ def test_8_bit_moments(numel: int) -> None:
     assert ((back.abs() / scale).sqrt() - (x.abs() / scale).sqrt()).abs().max() <= 0.51 / 127
     assert torch.equal(back.sign()[codes != 0], x.sign()[codes != 0])
     square = x.square()
-    codes, scales = small.quantize(square, signed=False)
+    codes, scales = small.quantize_exp_avg_sq(square, 1)
     back = small.dequantize(codes, scales)
     assert ((back > 0) == (square > 0)).all()
-    assert small.quantize(torch.zeros(numel), signed=False)[0].eq(0).all()
+    assert small.quantize_exp_avg_sq(torch.zeros(numel), 1)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("target", [0.0, 1e-3, 0.5])
+def test_averages_of_squares_drift_as_in_fp32(target: float) -> None:
+    """From 0.1 towards a target, a thousandth a step: less than half a code, for 3000 steps."""
+    exact, v = (torch.full((256,), 0.1) for _ in "ab")
+    exact[0] = v[0] = 1.0  # the block's largest, and it stays
+    for step in range(1, 3001):
+        exact[1:] = 0.999 * exact[1:] + 0.001 * target
+        v[0], v[1:] = 1.0, 0.999 * v[1:] + 0.001 * target
+        v = small.dequantize(*small.quantize_exp_avg_sq(v, step))
+    ratio = v[1:] / exact[1:]
+    assert abs(ratio.mean() - 1) < 0.02
+    assert (ratio - 1).abs().max() < 0.1
 
 
 def decoded(state: dict[str, list[Tensor]]) -> list[list[Tensor]]:
@@ -111,7 +127,10 @@ def fresh_state(values: list[Tensor], bits: int, residual: bool) -> dict[str, li
     moments["exp_avg_sq"] = [m.square() * 0.1 for m in moments["exp_avg"]]
     for name, of in moments.items():
         if bits == 8:
-            pairs = [small.quantize(moment, signed=name == "exp_avg") for moment in of]
+            quantize = small.quantize_exp_avg
+            if name == "exp_avg_sq":
+                quantize = partial(small.quantize_exp_avg_sq, step=1)
+            pairs = [quantize(moment) for moment in of]
             state[f"{name}s"], state[f"{name}_scales"] = map(list, zip(*pairs, strict=True))
         else:
             state[f"{name}s"] = of

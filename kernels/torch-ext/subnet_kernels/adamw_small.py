@@ -20,13 +20,13 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def nearest(x: tl.tensor) -> tl.tensor:
-    """Round to an integer, ties to even; for 0 <= x < 2**22, whose fp32 neighbours 2**23 fixes."""
+    """Round to an integer, ties to even; for 0 <= x < 2**22."""
     return (x + 8388608.0) - 8388608.0
 
 
 @triton.jit
 def dequantized(codes: tl.tensor, scale: tl.tensor, SIGNED: tl.constexpr) -> tl.tensor:
-    """Invert `quantized`: see `small_state.dequantize`."""
+    """Return fp32: see `small_state.dequantize`."""
     code = codes.to(tl.float32)
     if SIGNED:
         unit = code * (1 / 127)
@@ -39,16 +39,24 @@ def dequantized(codes: tl.tensor, scale: tl.tensor, SIGNED: tl.constexpr) -> tl.
 
 
 @triton.jit
-def quantized(x: tl.tensor, SIGNED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Return codes (groups, SPAN), fp32, and scales (groups, 1): see `small_state.quantize`."""
-    scale = tl.reduce(tl.abs(x), 1, larger, keep_dims=True)
-    root = tl.sqrt_rn(tl.div_rn(tl.abs(x), larger(scale, TINY)))
-    if SIGNED:
-        codes = nearest(root * 127)
-        codes = tl.where(x < 0, -codes, codes)
-    else:
-        codes = larger(nearest(tl.sqrt_rn(root) * 255), tl.where(x > 0, 1.0, 0.0))
-    return codes, scale
+def largest(x: tl.tensor) -> tl.tensor:
+    """Return the largest magnitude of each row, (groups, 1)."""
+    return tl.reduce(tl.abs(x), 1, larger, keep_dims=True)
+
+
+@triton.jit
+def exp_avg_codes(m: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Return codes, fp32: see `small_state.quantize_exp_avg`."""
+    codes = nearest(tl.sqrt_rn(tl.div_rn(tl.abs(m), larger(scale, TINY))) * 127)
+    return tl.where(m < 0, -codes, codes)
+
+
+@triton.jit
+def exp_avg_sq_codes(v: tl.tensor, scale: tl.tensor, dither: tl.tensor) -> tl.tensor:
+    """Return codes, fp32: see `small_state.quantize_exp_avg_sq`."""
+    root = tl.sqrt_rn(tl.sqrt_rn(tl.div_rn(v, larger(scale, TINY))))
+    ahead = ((dither + 159 * tl.arange(0, SPAN)) % 256 + 0.5) * (1 / 256)
+    return larger(tl.floor(root * 255 + ahead[None, :]), tl.where(v > 0, 1.0, 0.0))
 
 
 @triton.jit
@@ -126,16 +134,18 @@ def _adamw_small_kernel(
         v_scale_ptr = pointer(row_ptr, 7, EXP_AVG_SQ_SCALES)
         m = dequantized(m, tl.load(m_scale_ptr + span, mask=inside_span, other=0.0), True)
         v = dequantized(v, tl.load(v_scale_ptr + span, mask=inside_span, other=0.0), False)
+    dither = tl.cast(dither, tl.int32)
     p, m, v = adamw_update(p, g, m, v, decay, lerp1, beta2, weight2, bias2_sqrt, eps, step_size)
     if EXP_AVGS == tl.int8:
-        m, m_scale = quantized(m, True)
-        v, v_scale = quantized(v, False)
+        m_scale, v_scale = largest(m), largest(v)
+        m = exp_avg_codes(m, m_scale)
+        v = exp_avg_sq_codes(v, v_scale, dither)
         tl.store(m_scale_ptr + span, m_scale, mask=inside_span)
         tl.store(v_scale_ptr + span, v_scale, mask=inside_span)
     tl.store(m_ptr + offs, m.to(EXP_AVGS), mask=inside)
     tl.store(v_ptr + offs, v.to(EXP_AVG_SQS), mask=inside)
     if VALUES == tl.bfloat16:
-        p, residual = parted(p, tl.cast(dither, tl.int32))
+        p, residual = parted(p, dither)
         tl.store(residual_ptr + offs, residual, mask=inside)
     tl.store(p_ptr + offs, p, mask=inside)
     tl.store(dense_ptr + index, converted(p, VALUES, DENSE), mask=inside)
@@ -201,4 +211,13 @@ def adamw_small_step_(
     if values:
         scale = scale_tensor(grad_scale, values[0].device)
         dither = float(small_state.dither(step))
-        launch(_adamw_small_kernel, columns, nnz, table, scale, *numbers, dither, search=SEARCH)
+        launch(
+            _adamw_small_kernel,
+            columns,
+            nnz,
+            table,
+            scale,
+            *numbers,
+            dither,
+            search=SEARCH,
+        )

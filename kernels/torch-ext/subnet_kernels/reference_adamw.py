@@ -107,7 +107,7 @@ def adamw_small_step_(
         exp_avg_scales: each (ceil(nnz / 256),) float32, see `small_state`; None: moments are fp32.
         exp_avg_sq_scales: alike; both or none.
         residuals: each (nnz,) int8; None: values are fp32.
-        step: how many steps with this one, from 1; also turns the rounding of residuals.
+        step: how many steps with this one, from 1; also turns the rounding.
         lr: learning rate.
         beta1: decay of m.
         beta2: decay of v.
@@ -169,10 +169,12 @@ def small_update_(
         moments = [small_state.dequantize(*pair) for pair in pairs]
     grads = scaled([state["grads"].float()], grad_scale)
     update_([exact], grads, moments[:1], moments[1:], step=step, **numbers)
-    for (name, scale), moment in zip(scales.items(), moments, strict=False):
-        codes, new = small_state.quantize(moment, signed=name == "exp_avgs")
-        state[name].copy_(codes)
-        scale.copy_(new)
+    if scales:
+        small = small_state.quantize_exp_avg(moments[0])
+        small_sq = small_state.quantize_exp_avg_sq(moments[1], step)
+        for name, (codes, scale) in zip(scales, (small, small_sq), strict=True):
+            state[name].copy_(codes)
+            scales[name].copy_(scale)
     if residual is not None:
         new_values, new_residual = small_state.split(exact, small_state.dither(step))
         values.copy_(new_values)
