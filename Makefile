@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test check format bench peft-suite clean
 
 install: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# PEFT's own tests on SubnetConfig; writes benchmarks/results/peft_suite.json.
+peft-suite: $(STAMP)
+	$(BIN)/python -m tests.peft_suite.run
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

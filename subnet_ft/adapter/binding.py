@@ -111,7 +111,7 @@ def _bound_class(original: type, leaves: frozenset[str]) -> type:
 def _refuse(owner: nn.Module, value: Any) -> None:
     raise UnsupportedError(
         f"{type(owner).__name__}: expected a Parameter for a masked weight, found "
-        f"{type(value).__name__} (nn.DataParallel sets such); start several processes instead"
+        f"{type(value).__name__} (nn.DataParallel and FSDP 1 set such); use DDP or FSDP 2"
     )
 
 

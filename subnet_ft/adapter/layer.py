@@ -70,6 +70,16 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         owner, leaf = self.owners[0]
         return cast(nn.Parameter, owner._parameters[leaf])
 
+    @property
+    def in_features(self) -> int:
+        """Last dimension of the parameter, as PEFT's tools expect of a tuner layer."""
+        return self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """First dimension of the parameter."""
+        return self.shape[0]
+
     def subnets(self, adapters: tuple[str, ...] | None = None) -> list[Subnet]:
         """Return the entries of the named adapters, by default of those live now."""
         names = self.live if adapters is None else adapters

@@ -142,6 +142,8 @@ class SubnetModel(BaseTuner):
             for layer in layers:
                 layer._disable_adapters = False  # merging means it, also inside disable_adapter
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                if not layer.merged_adapters:  # what is live there was not asked for
+                    layer.enable_adapters(False)
         detach(layers, keep_values=merge)
         unguard(self.model)
         return super()._unload_and_optionally_merge(

@@ -113,6 +113,7 @@ def unpack(
     current = {layer.name: layer for layer in sidecar_layers(root) if layer.subnet(adapter)}
     before = list(sidecar_layers(root))
     disabled = any(layer.disable_adapters for layer in before)
+    trained = [(p, p.requires_grad) for layer in before for p in layer.parameters()]
     entries = plan(root, indices, shapes, checksums, config.entry_options["dtype"])
     for one in entries:
         present = current.get(one.name)
@@ -126,6 +127,8 @@ def unpack(
         active: Any = getattr(model, "active_adapters", [adapter])
         layer.set_adapter(active() if callable(active) else list(active))
         layer.subnet_ft_values[adapter].requires_grad_(not config.inference_mode)
+    for parameter, requires_grad in trained:  # other adapters are as trainable as they were
+        parameter.requires_grad_(requires_grad)
     for name in current.keys() - indices.keys():
         current[name].delete_adapter(adapter)
     detach([lay for lay in current.values() if not lay.subnet_ft_values], keep_values=False)
