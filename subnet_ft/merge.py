@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from subnet_ft.checkpoints import StoredCheckpoint, open_checkpoint
+from subnet_ft.checkpoints.experts import Place
 from subnet_ft.checkpoints.overlay import OverlayCheckpoint
 from subnet_ft.errors import ConfigError
 from subnet_ft.progress import progress_bar
@@ -124,14 +125,15 @@ def _pieces(
     stored: StoredCheckpoint, overlay: OverlayCheckpoint, file: TensorFile, key: str
 ) -> Iterator[Tensor]:
     """Yield one stored tensor in flat slices, merged where it is a parameter or tied to one."""
-    name = stored.aliases.get(key, key)
+    name, offset = stored.places.get(key, Place(key, 0))
+    name = stored.aliases.get(name, name)
     numel = file.tensors[key].numel
     for start in range(0, numel, _CHUNK):
         stop = min(start + _CHUNK, numel)
         if name in overlay.tensors:
             # A tied copy gets the embedding's values in its own dtype.
             dtype: torch.dtype = getattr(torch, file.tensors[key].dtype)
-            yield overlay.read(name, start, stop).to(dtype)
+            yield overlay.read(name, offset + start, offset + stop).to(dtype)
         else:
             yield file.read(key, start, stop)
 

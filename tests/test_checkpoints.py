@@ -136,7 +136,8 @@ def broken(kind: str, folder: Path) -> Path:
         "integers": {"w.weight": torch.ones(2, dtype=torch.int8)},
         "float8": {"w.weight": torch.ones(2).to(torch.float8_e4m3fn)},
         "gptq": {"w.qweight": torch.ones(2, dtype=torch.int32)},
-        "per expert": {"model.layers.0.mlp.experts.3.w1.weight": torch.ones(2)},
+        "missing expert": {"model.layers.0.mlp.experts.3.w1.weight": torch.ones(2, 2)},
+        "unknown expert": {"model.layers.0.mlp.experts.0.w9.weight": torch.ones(2, 2)},
         "only buffers": {"model.inv_freq": torch.ones(2)},
     }
     return save_weights(folder, tensors[kind])
@@ -158,11 +159,8 @@ def broken(kind: str, folder: Path) -> Path:
         ("integers", UnsupportedError, "w.weight: expected float32.*got int8"),
         ("float8", UnsupportedError, "w.weight: expected float32.*got F8_E4M3"),
         ("gptq", UnsupportedError, "w.qweight: .*quantized layout"),
-        (
-            "per expert",
-            UnsupportedError,
-            "experts.3.w1.weight: expected one tensor for all experts",
-        ),
+        ("missing expert", CheckpointError, "experts.gate_up_proj: expected experts 0 to 3"),
+        ("unknown expert", UnsupportedError, "found w9.weight .*layout is not known"),
         ("only buffers", CheckpointError, "expected floating-point parameters, found none"),
     ],
 )

@@ -194,9 +194,9 @@ BAD_INPUT = {
     ),
     "nan": (edited(lambda w: w[NAME].view(-1)[5:6].fill_(math.nan)), "found nan"),
     "infinity": (edited(lambda w: w[NAME].view(-1)[5:6].fill_(-math.inf)), "found -inf"),
-    "version 4 experts": (
+    "unknown experts": (
         edited(lambda w: w.update({"model.layers.0.mlp.experts.0.w1.weight": torch.ones(2)})),
-        "one tensor for all experts",
+        "layout is not known",
     ),
     "pickled file": (pickled, "tensors only"),
     "existing output": (existing_output, "does not exist, found one"),

@@ -21,16 +21,10 @@ _QUANTIZED = re.compile(
     r".*\.(qweight|qzeros|g_idx|SCB|weight_format|weight_scale(_inv)?|weight_packed|absmax"
     r"|quant_map|nested_absmax|quant_state\..*)"
 )
-_EXPERT = re.compile(r".*\.experts\.\d+\..*")
 
 
 def not_a_parameter(source: str, key: str, info: TensorInfo) -> str | None:
     """Say why a stored tensor is no parameter, or raise for one that cannot be handled."""
-    if _EXPERT.fullmatch(key):
-        raise UnsupportedError(
-            f"{source}: {key}: expected one tensor for all experts of a layer, as the model holds "
-            "them, found one per expert, as checkpoints store them; this version does not map them."
-        )
     if _QUANTIZED.fullmatch(key):
         raise UnsupportedError(
             f"{source}: {key}: expected floating-point weights, found a quantized layout; use the "

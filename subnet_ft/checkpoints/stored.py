@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from subnet_ft.checkpoints.base import Checkpoint
+from subnet_ft.checkpoints.composite import model_names
+from subnet_ft.checkpoints.experts import stack_experts
 from subnet_ft.checkpoints.layout import not_a_parameter, tied_aliases
 from subnet_ft.errors import CheckpointError, UnsupportedError
 from subnet_ft.storage.tensor_files import (
@@ -32,6 +34,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 class StoredCheckpoint(Checkpoint):
     """A checkpoint whose files hold the weights themselves.
+
+    `places` says where in which parameter a stored tensor lies, where that is not under its own
+    name; see `experts` and `composite`.
 
     Args:
         source: what the user called it.
@@ -71,7 +76,11 @@ class StoredCheckpoint(Checkpoint):
                 self.skipped[key] = reason
             else:
                 parameters[key] = info
-        self.aliases = tied_aliases(parameters, locations, self.config)
+        name_of = model_names(self.config)
+        aliases = tied_aliases(parameters, locations, self.config)
+        self.aliases = {name_of(key): name_of(owner) for key, owner in aliases.items()}
+        stacked = stack_experts(source, parameters, locations, name_of)
+        parameters, self._stacks, self.places = stacked
         self.tensors = {k: info for k, info in parameters.items() if k not in self.aliases}
         if not self.tensors:
             raise CheckpointError(
@@ -82,7 +91,7 @@ class StoredCheckpoint(Checkpoint):
         self, name: str, start: int, stop: int, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Return elements [start, stop); see `Checkpoint.read_array`."""
-        return self._locations[name].read_array(name, start, stop, out)
+        return (self._stacks.get(name) or self._locations[name]).read_array(name, start, stop, out)
 
 
 def open_checkpoint(
