@@ -72,10 +72,16 @@ class SubnetCallback(TrainerCallback):
         """Attach the subnetwork to the Trainer's model.
 
         Raises:
-            ConfigError: The model is a PeftModel or already has an adapter, or an optimizer was
-                built before the callback could run.
+            ConfigError: The model is a PeftModel or already has an adapter, an optimizer was built
+                before the callback could run, or the trainer sends trainable parameters elsewhere.
         """
         model: nn.Module = kwargs["model"]
+        if type(args).__name__ == "AsyncGRPOConfig":
+            raise ConfigError(
+                "SubnetCallback: expected a trainer that keeps its weights to itself, found "
+                "AsyncGRPOTrainer, which sends a plain model's trainable parameters to vLLM: "
+                "compact values, not weights; use peft_config=SubnetConfig(...)"
+            )
         if hasattr(model, "peft_config"):
             raise ConfigError(
                 "SubnetCallback: expected a plain model, found one with an adapter; use either the "
