@@ -32,10 +32,10 @@ def gather(
     if out is None:
         out = torch.empty(indices.numel(), dtype=torch.float32, device=dense.device)
     if not accumulate and out.dtype == flat.dtype:
-        return torch.index_select(flat, 0, indices, out=out)
+        return torch.take(flat, indices.long(), out=out)
     for start in range(0, indices.numel(), CHUNK):
         part = slice(start, start + CHUNK)
-        entries = flat.index_select(0, indices[part])
+        entries = flat.take(indices[part].long())
         if accumulate:
             out[part].add_(entries)
         else:
@@ -57,12 +57,14 @@ def scatter_(dense: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -
         ``dense``.
     """
     flat = dense.view(-1)
-    if values.dtype == flat.dtype == torch.float32:
-        flat.scatter_(0, indices, values)  # runs in parallel, but in fp32 only
-        return dense
+    # Far apart, entries are written from several threads; close together, one is quick enough.
+    sparse = indices.numel() * 10 < flat.numel()
     pieces = [(indices, values)]
-    if indices.numel() > CHUNK:  # splitting takes as long as writing a few hundred entries
+    if values.dtype != flat.dtype and indices.numel() > CHUNK:
         pieces = list(zip(indices.split(CHUNK), values.split(CHUNK), strict=True))
     for index, value in pieces:
-        flat.index_copy_(0, index, value.to(flat.dtype))
+        if sparse:
+            flat.index_put_((index,), value.to(flat.dtype))
+        else:
+            flat.index_copy_(0, index, value.to(flat.dtype))
     return dense
