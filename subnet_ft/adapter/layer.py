@@ -235,7 +235,8 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         if len(subnets) == 1:
             ops.scatter_(weight, subnets[0].indices, subnets[0].values.detach())
         elif subnets:
-            ops.scatter_(weight, *compose(weight, subnets))
+            indices, _, values = compose(subnets)
+            ops.scatter_(weight, indices, values)
 
     # PEFT's verbs, each followed by `sync`.
 

@@ -11,7 +11,7 @@ from peft.utils.other import set_additional_trainable_modules
 from peft.utils.peft_types import register_peft_method
 from torch import nn
 
-from subnet_ft.adapter import state, step_hooks
+from subnet_ft.adapter import state, step_hooks, weighted
 from subnet_ft.adapter.config import FROM_FILE, SubnetConfig
 from subnet_ft.adapter.guards import guard, unguard
 from subnet_ft.adapter.inject import Entries, attach, detach, plan, sidecar_layers
@@ -121,6 +121,33 @@ class SubnetModel(BaseTuner):
         The optimizer step, loading and switching do this by themselves.
         """
         flush_all(list(sidecar_layers(self.model)))
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add the weighted sum of several adapters as a new one, as LoRA's method does.
+
+        It has an entry wherever one of them has, with the value original + sum of weight * (value
+        - original) in fp32: with weights of 1 what the adapters give when active together, to the
+        bit. An entry of one adapter alone with weight 1 keeps its value, to the bit. What is
+        active stays so; the rest of the new adapter's recipe is the first one's.
+
+        Args:
+            adapters: Names of adapters of this model.
+            weights: One for each; negative ones subtract.
+            adapter_name: Of the new adapter.
+            combination_type: ``"linear"``.
+
+        Raises:
+            ConfigError: An unknown adapter, one without entries or with modules trained whole, an
+                adapter of the new name, not as many weights as adapters, or another combination.
+        """
+        weighted.check(self, adapters, weights, adapter_name, combination_type)
+        weighted.add(self, adapters, weights, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; its entries return to the base's values unless another one is live."""

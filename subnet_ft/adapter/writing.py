@@ -41,17 +41,33 @@ def flush_all(layers: Sequence["SubnetLayer"]) -> None:
         layer.count_write()
 
 
-def compose(weight: torch.Tensor, subnets: Sequence["Subnet"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum several adapters: original + sum of (values - original), in fp32, over the union.
+def compose(
+    subnets: Sequence["Subnet"], weights: Sequence[float] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum several adapters: original + sum of weight * (values - original), over the union.
+
+    In fp32, one adapter after the other. What a single adapter has with weight 1 stays its value,
+    to the bit.
 
     Args:
-        weight: Any shape; must hold the originals.
-        subnets: The adapters' entries.
+        subnets: The adapters' entries of one parameter.
+        weights: One for each; 1 by default.
 
     Returns:
-        (indices, values): (nnz_union,) int64 and float32.
+        (indices, originals, values): (nnz_union,) each; int64, the parameter's dtype and float32.
     """
-    indices, position = torch.cat([s.indices for s in subnets]).unique(return_inverse=True)
-    values = ops.gather(weight, indices)
-    deltas = torch.cat([s.values.detach().float() - s.originals.float() for s in subnets])
-    return indices, values.index_add_(0, position, deltas)
+    weights = [1.0] * len(subnets) if weights is None else weights
+    indices, position, uses = torch.cat([s.indices for s in subnets]).unique(
+        return_inverse=True, return_counts=True
+    )
+    theirs = torch.cat([s.originals for s in subnets])
+    originals = theirs.new_empty(indices.numel()).index_copy_(0, position, theirs)
+    values = torch.cat([s.values.detach().float() for s in subnets])
+    deltas, alone = values - theirs.float(), uses[position] == 1
+    counts = [s.indices.numel() for s in subnets]
+    for delta, kept, weight in zip(deltas.split(counts), alone.split(counts), weights, strict=True):
+        if weight != 1:
+            delta.mul_(weight)
+            kept.zero_()
+    summed = originals.to(torch.float32, copy=True).index_add_(0, position, deltas)
+    return indices, originals, summed.index_copy_(0, position[alone], values[alone])
