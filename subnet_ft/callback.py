@@ -73,7 +73,8 @@ class SubnetCallback(TrainerCallback):
 
         Raises:
             ConfigError: The model is a PeftModel or already has an adapter, an optimizer was built
-                before the callback could run, or the trainer sends trainable parameters elsewhere.
+                before the callback could run, or the trainer sends its trainable parameters
+                elsewhere (async GRPO, ``sync_ref_model``).
         """
         model: nn.Module = kwargs["model"]
         if type(args).__name__ == "AsyncGRPOConfig":
@@ -81,6 +82,12 @@ class SubnetCallback(TrainerCallback):
                 "SubnetCallback: expected a trainer that keeps its weights to itself, found "
                 "AsyncGRPOTrainer, which sends a plain model's trainable parameters to vLLM: "
                 "compact values, not weights; use peft_config=SubnetConfig(...)"
+            )
+        if getattr(args, "sync_ref_model", False):
+            raise ConfigError(
+                "SubnetCallback: expected a reference model that stays as it is, found "
+                "sync_ref_model=True, which mixes trainable parameters into it one by one; "
+                "use sync_ref_model=False"
             )
         if hasattr(model, "peft_config"):
             raise ConfigError(

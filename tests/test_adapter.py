@@ -465,3 +465,9 @@ def test_naming_an_adapter_twice_counts_it_once() -> None:
     trained = base_weights(model)
     model.base_model.set_adapter(["default", "default"])
     assert_weights(model, trained)
+
+
+def test_get_parameter_gives_the_parameter() -> None:
+    model = peft.get_peft_model(tiny_llama(), SubnetConfig(mask=random_mask(tiny_llama(), 0.1)))
+    for name, parameter in model.named_parameters():
+        assert model.get_parameter(name) is parameter

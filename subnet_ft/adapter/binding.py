@@ -6,6 +6,7 @@ parameter, attached to the compact values; else the parameter itself. No module 
 dict keys, ``isinstance`` and tied weights stay what they were.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from subnet_ft.errors import UnsupportedError
 if TYPE_CHECKING:
     from subnet_ft.adapter.layer import SubnetLayer
 
+_GET_PARAMETER = nn.Module.get_parameter.__code__
 _SIDECARS = "_subnet_sidecars"  # owner.__dict__: {leaf: SubnetLayer}; a plain dict hides tied uses
 _classes: dict[tuple[type, frozenset[str]], type] = {}
 
@@ -127,6 +129,9 @@ def _reader(leaf: str) -> Any:
         weight = owner._parameters[leaf]
         assert weight is not None
         if not torch.is_grad_enabled():
+            return weight
+        # `get_parameter` takes no tensor for a Parameter, and its callers mean the Parameter.
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _GET_PARAMETER:
             return weight
         sidecar: SubnetLayer = owner.__dict__[_SIDECARS][leaf]
         return sidecar.bind(weight)
