@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from subnet_ft import SubnetCallback, SubnetConfig, SubnetError
 from subnet_ft.adapter.inject import sidecar_layers
@@ -195,13 +194,6 @@ def config_without_its_mask(tmp_path: Path) -> None:
     peft.get_peft_model(tiny_llama(), config)(tokens())
 
 
-def adapter_loaded_by_transformers(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    attach(model).save_pretrained(tmp_path / "adapter")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")(tokens())
-
-
 def tied_head_in_modules_to_save(tmp_path: Path) -> None:
     attach(modules_to_save=["lm_head"])
 
@@ -257,7 +249,6 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (callback_into_an_existing_directory, "expected a new directory"),
     (resumed_with_another_mask, "another mask"),
     (config_without_its_mask, "has no entries"),
-    (adapter_loaded_by_transformers, "has no entries"),
     (tied_head_in_modules_to_save, "one or the other"),
     (tokens_of_a_masked_embedding, "one or the other"),
     (module_saved_whole_over_a_masked_one, "one or the other"),

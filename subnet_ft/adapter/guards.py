@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subnet_ft.adapter import early_stop
+from subnet_ft.adapter import early_stop, transformers_methods
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.errors import ConfigError, UnsupportedError
 
@@ -28,10 +28,11 @@ def guard(root: nn.Module) -> None:
     )
     root.__dict__["_apply"] = MethodType(_checked_apply, root)
     if hasattr(root, "resize_token_embeddings"):
-        root.__dict__["resize_token_embeddings"] = _refuse_resize
+        root.__dict__["resize_token_embeddings"] = MethodType(_checked_resize, root)
     if hasattr(root, "tie_weights"):
         root.__dict__["tie_weights"] = MethodType(_tie_raw, root)
     early_stop.install(root)
+    transformers_methods.install(root)
 
 
 def unguard(root: nn.Module) -> None:
@@ -42,6 +43,7 @@ def unguard(root: nn.Module) -> None:
     for name in ("_apply", "resize_token_embeddings", "tie_weights"):
         root.__dict__.pop(name, None)
     early_stop.uninstall(root)
+    transformers_methods.uninstall(root)
 
 
 def _checked_apply(root: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any) -> Any:
@@ -60,16 +62,18 @@ def _expect_entries(root: nn.Module, args: Any) -> None:
     waiting = [name for name, config in configs.items() if getattr(config, "_pending", False)]
     if waiting:
         raise ConfigError(
-            f"adapter {waiting[0]!r} has no entries: expected a mask, or an adapter file loaded by "
-            "PEFT, found neither; use SubnetConfig(mask=...) or peft.PeftModel.from_pretrained"
+            f"adapter {waiting[0]!r} has no entries: expected a mask or an adapter file, found "
+            "neither; use SubnetConfig(mask=...), PeftModel.from_pretrained or load_adapter"
         )
 
 
-def _refuse_resize(*args: Any, **kwargs: Any) -> None:
-    raise UnsupportedError(
-        "expected embeddings of the size the adapter was attached to, found a resize; "
-        "resize embeddings before attaching the adapter"
-    )
+def _checked_resize(root: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if any(True for _ in sidecar_layers(root)):
+        raise UnsupportedError(
+            "expected embeddings of the size the adapter was attached to, found a resize; "
+            "resize embeddings before attaching the adapter"
+        )
+    return type(root).resize_token_embeddings(root, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _tie_raw(root: nn.Module, *args: Any, **kwargs: Any) -> Any:
