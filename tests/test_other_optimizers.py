@@ -131,19 +131,6 @@ def test_in_a_trainer(optim: str, tmp_path: Path) -> None:
     assert_same(whole.model.parameters(), run(tmp_path / "parts", 12, True).model.parameters())
 
 
-def test_bitsandbytes_counts_the_values_and_its_override_reaches_them() -> None:
-    """Not the weight they belong to; its own embedding rule names weights, and finds none."""
-    bnb = pytest.importorskip("bitsandbytes")
-    model, values = masked()
-    optimizer = bnb.optim.AdamW8bit(values)
-    exempt = max(values, key=torch.Tensor.numel)
-    bnb.optim.GlobalOptimManager.get_instance().override_config(exempt, "optim_bits", 32)
-    train(model, optimizer, range(1))
-    bits = {p: 8 * optimizer.state[p]["state1"].element_size() for p in values}
-    assert bits == {p: 32 if p.numel() < 4096 or p is exempt else 8 for p in values}
-    assert set(bits.values()) == {8, 32}
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a GPU")
 def test_flashoptim_refuses_a_cpu_and_changes_nothing() -> None:
     flashoptim = pytest.importorskip("flashoptim")

@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from subnet_ft.adapter.binding import sidecar_of
 from subnet_ft.adapter.layer import SubnetLayer
 from subnet_ft.adapter.registry import layers_of
 from subnet_ft.adapter.writing import flush_all
@@ -75,6 +76,24 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                     'values_dtype="float32"'
                 )
         layer.forget_norms()
+    _carry_overrides(optimizer, layers)
+
+
+def _carry_overrides(optimizer: Any, layers: list[SubnetLayer]) -> None:
+    """Have what bitsandbytes was told about a weight hold for its values.
+
+    Its `GlobalOptimManager` has options for single weights: the Trainer registers 32-bit state for
+    embeddings there. It looks for those weights among the optimizer's parameters, at the first
+    step; ours holds their values instead.
+    """
+    manager = getattr(optimizer, "mng", None)
+    if manager is None or optimizer.initialized:
+        return
+    for module, leaf, options in manager.module_weight_config_triple:
+        layer = sidecar_of(module, leaf)
+        if layer in layers:
+            values = [subnet.values for subnet in layer.live_subnets]
+            manager.override_config(values, key_value_dict=dict(options))
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
