@@ -54,7 +54,7 @@ def _from_gguf() -> Path:
     Dequantized 4-bit values are no bf16 values. They are rounded here, so that every later run,
     be it in fp32 or in bf16, starts from the same numbers.
     """
-    target = _cache_directory() / f"{Path(GGUF_NAME).stem}-bf16"
+    target = cache_directory() / f"{Path(GGUF_NAME).stem}-bf16"
     if target.is_dir():
         return target
 
@@ -89,7 +89,8 @@ def _from_gguf() -> Path:
     return target
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Returns where made models are kept: `SUBNET_FT_CACHE`, or the user's cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SUBNET_FT_CACHE") or Path(root) / "subnet-ft")
 
