@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from subnet_ft.extract import extract_mask
     from subnet_ft.mask import SubnetMask
     from subnet_ft.merge import merge_checkpoint
+    from subnet_ft.meter import SubnetMeter, SubnetMeterCallback
     from subnet_ft.optim import SubnetAdamW
 
 __version__ = "0.1.0"
@@ -26,6 +27,8 @@ _HOME = {
     "SubnetConfig": "subnet_ft.adapter",
     "SubnetError": "subnet_ft.errors",
     "SubnetMask": "subnet_ft.mask",
+    "SubnetMeter": "subnet_ft.meter",
+    "SubnetMeterCallback": "subnet_ft.meter",
     "SubnetModel": "subnet_ft.adapter",
     "extract_mask": "subnet_ft.extract",
     "merge_checkpoint": "subnet_ft.merge",
@@ -37,6 +40,8 @@ __all__ = [
     "SubnetConfig",
     "SubnetError",
     "SubnetMask",
+    "SubnetMeter",
+    "SubnetMeterCallback",
     "SubnetModel",
     "extract_mask",
     "merge_checkpoint",

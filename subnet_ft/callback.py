@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -18,13 +18,14 @@ from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.adapter.subnet import MASK_ID, Subnet
 from subnet_ft.errors import ConfigError
 from subnet_ft.mask import SubnetMask
+from subnet_ft.meter import SubnetMeterCallback, add_to_logs
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 
 
-class SubnetCallback(TrainerCallback):
+class SubnetCallback(SubnetMeterCallback):
     """Turns full finetuning into subnetwork finetuning: ``Trainer(..., callbacks=[this])``.
 
     The model is masked when the Trainer is made, before it builds its optimizer. Checkpoints hold
@@ -32,7 +33,7 @@ class SubnetCallback(TrainerCallback):
     ``trainer.train(resume_from_checkpoint=...)``, for which they also hold a ``model.safetensors``
     of the trained values alone, the file the Trainer looks for. Logs gain ``subnet_density`` and,
     from the first save on, ``subnet_drifted_tensors``: in how many tensors weights outside the mask
-    moved, which must be 0.
+    moved, which must be 0; and the learning meter's figures, see `SubnetMeterCallback`.
 
     Use a PeftModel (``peft_config=SubnetConfig(...)``) instead where the trainer treats adapters
     specially: DPO, KTO, GRPO with a reference model (a PeftModel needs no second model, with a
@@ -53,6 +54,7 @@ class SubnetCallback(TrainerCallback):
         *,
         save_merged: str | PathLike[str] | None = None,
     ) -> None:
+        super().__init__()
         self.config = mask if isinstance(mask, SubnetConfig) else SubnetConfig(mask=mask)
         self.save_merged = None if save_merged is None else Path(save_merged)
         self._check_save_merged()
@@ -129,6 +131,7 @@ class SubnetCallback(TrainerCallback):
             )
         self._check_save_merged()
         self._sums = off_mask_sums(model)
+        super().on_train_begin(args, state, control, **kwargs)
 
     def _check_save_merged(self) -> None:
         if self.save_merged is not None and self.save_merged.exists():
@@ -152,13 +155,12 @@ class SubnetCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add density and drift to the logs."""
+        """Add density, drift and the meter's figures to the logs."""
         extra: dict[str, float] = {"subnet_density": self.density}
         if self._drift is not None:
             extra["subnet_drifted_tensors"] = self._drift
-        for logs in (kwargs.get("logs"), state.log_history[-1] if state.log_history else None):
-            if logs is not None:
-                logs.update(extra)
+        add_to_logs(state, kwargs.get("logs"), extra)
+        super().on_log(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -26,6 +26,7 @@ ORDER = [
     {"adapter"},
     {"gradient_release"},
     {"optim"},
+    {"meter"},
     {"callback"},
     {"cli"},
 ]

@@ -65,6 +65,8 @@ class Bind(torch.autograd.Function):
                 ops.gather(gradient, subnet.indices, part)
             if part is not None and subnet.offmask is not None:
                 subnet.offmask.observe(gradient, part)
+            if part is not None and not torch.compiler.is_compiling() and subnet.observer:
+                subnet.observer(gradient, part)
             compact.append(part)
         return None, None, *compact
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 NAME = "offmask_norm"
 
 
+def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the squared L2 norm of any tensor, summed in fp32, shape () float64."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+
+
 class OffMaskNorm:
     """Measures ``||gradient outside the mask||`` during backward.
 
@@ -64,10 +69,7 @@ class OffMaskNorm:
         self._sum = None
 
     def _measure(self, gradient: torch.Tensor, compact: torch.Tensor) -> None:
-        def square(x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.vector_norm(x, dtype=torch.float32).double().square()
-
-        outside = square(gradient) - square(compact)
+        outside = squared_norm(gradient) - squared_norm(compact)
         scalar = self.scalar
         if scalar.grad is not None:  # accumulation: as if micro-batches were orthogonal
             outside = outside + scalar.grad.double().square()

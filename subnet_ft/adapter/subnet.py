@@ -1,5 +1,6 @@
 """Subnet: the entries one adapter trains of one parameter."""
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 
@@ -12,6 +13,7 @@ from subnet_ft.storage.codec import checksum
 from subnet_kernels.encoding import Tiles, encode_tiles
 
 MASK_ID = "mask_id"
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Subnet(nn.Module):
@@ -51,6 +53,7 @@ class Subnet(nn.Module):
         self.base_checksum = checksum(originals)
         self._tiles: Tiles | None = None
         self.offmask = OffMaskNorm(self, offmask_uses) if offmask_uses else None
+        self.observer: Observer | None = None  # sees each use's gradient, dense and compact
 
     @property
     def values(self) -> nn.Parameter:

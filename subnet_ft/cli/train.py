@@ -70,7 +70,7 @@ def _run(algorithm: str, arguments: list[str]) -> None:
 
 def _parse(script: Any, algorithm: str, arguments: list[str]) -> tuple[Any, ...]:
     """Parse as TRL does, with our group behind its own."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
     from trl import TrlParser
 
     groups = (*script.make_parser().dataclass_types, _subnet_arguments())
@@ -179,12 +179,15 @@ def _trainers_take(name: str, config: Any) -> Iterator[None]:
     """
     import trl
 
+    from subnet_ft.meter import SubnetMeterCallback
+
     original = getattr(trl, name)
 
     def make(*args: Any, **kwargs: Any) -> Any:
         trainer = original(*args, **{**kwargs, "peft_config": config})
         if config.values_dtype == "bfloat16":
             trainer.optimizer_cls_and_kwargs = _residual_optimizer(trainer.args)
+        trainer.callback_handler.callbacks.insert(0, SubnetMeterCallback())  # before trackers
         return trainer
 
     setattr(trl, name, make)
