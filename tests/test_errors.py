@@ -82,6 +82,10 @@ def target_modules(tmp_path: Path) -> None:
     SubnetConfig(target_modules=["q_proj"])
 
 
+def layers_to_transform(tmp_path: Path) -> None:
+    SubnetConfig(layers_to_transform=0)
+
+
 def pattern_without_match(tmp_path: Path) -> None:
     attach(include="no_such_layer")
 
@@ -232,6 +236,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (density_zero, "density: expected"),
     (unknown_clip, "clip: expected one of"),
     (target_modules, "use include= and exclude="),
+    (layers_to_transform, "found 0; a subnetwork is chosen by parameter name"),
     (pattern_without_match, "match"),
     (pattern_that_is_no_regex, "regular expression"),
     (float8_weight, "float8"),

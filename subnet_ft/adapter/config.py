@@ -130,11 +130,18 @@ class SubnetConfig(PeftConfig):
             raise ConfigError(
                 f'bias: expected "none", found {self.bias!r}; name biases in the mask or in include'
             )
-        for name in ("target_modules", "target_parameters", "exclude_modules"):
-            if getattr(self, name):
+        for name in (
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        ):
+            given = getattr(self, name)
+            if given or given == 0:
                 raise ConfigError(
-                    f"{name}: expected None, found {getattr(self, name)!r}; a subnetwork is chosen "
-                    "by parameter name: use include= and exclude="
+                    f"{name}: expected None, found {given!r}; a subnetwork is chosen by parameter "
+                    "name: use include= and exclude="
                 )
 
     @property

@@ -265,12 +265,11 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
         adapter_names = [name for name in adapter_names if name in self.subnet_ft_values]
-        if safe_merge and not all(
-            subnet.values.isfinite().all() for subnet in self.subnets(tuple(adapter_names))
-        ):
-            raise ValueError(
-                f"NaNs detected in the merged weights. Adapter {adapter_names} seems to be broken"
-            )
+        for name, subnet in zip(adapter_names, self.subnets(tuple(adapter_names)), strict=True):
+            if safe_merge and not subnet.values.isfinite().all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
         self.merged_adapters = self.merged_adapters + adapter_names
         self.sync()
 

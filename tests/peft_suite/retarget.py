@@ -7,6 +7,7 @@ what is collected only that is kept which has our class among its parameters.
 import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,12 @@ diffusers = types.ModuleType("diffusers")
 diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
 sys.modules.setdefault("diffusers", diffusers)
 
-import tests.test_custom_models as custom  # noqa: E402  (PEFT's)
+import local_models  # noqa: E402  (ours, copied beside this plugin)
+import tests.test_custom_models as custom  # noqa: E402  (PEFT's, as the next four)
+import tests.test_decoder_models as decoder  # noqa: E402
+import tests.test_encoder_decoder_models as encoder_decoder  # noqa: E402
+import tests.test_feature_extraction_models as feature_extraction  # noqa: E402
+import tests.test_seq_classifier as seq_classifier  # noqa: E402
 
 import subnet_ft  # noqa: E402
 from subnet_ft.adapter.inject import sidecar_layers  # noqa: E402
@@ -101,6 +107,19 @@ custom.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
     ("Subnet same", "subnet", SubnetConfig, *_pair("lin0.weight", "lin0.weight")),
     ("Subnet different", "subnet", SubnetConfig, *_pair("lin0.weight", "lin1.weight")),
 ]
+
+DIRECTORIES = local_models.build(Path("models"))
+decoder.PEFT_DECODER_MODELS_TO_TEST[:] = DIRECTORIES["decoder"]
+encoder_decoder.PEFT_ENCODER_DECODER_MODELS_TO_TEST[:] = DIRECTORIES["encoder_decoder"]
+feature_extraction.PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST[:] = DIRECTORIES["feature_extraction"]
+seq_classifier.PEFT_SEQ_CLS_MODELS_TO_TEST[:] = DIRECTORIES["seq_classifier"]
+for module, options in (
+    (decoder, {"task_type": "CAUSAL_LM"}),
+    (encoder_decoder, {"task_type": "SEQ_2_SEQ_LM"}),
+    (feature_extraction, {"task_type": "FEATURE_EXTRACTION", "exclude": "pooler.*"}),  # not used
+    (seq_classifier, {"task_type": "SEQ_CLS"}),
+):
+    module.ALL_CONFIGS[:] = [(SubnetConfig, options)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,7 +25,13 @@ from tests.peft_suite.not_applicable import NOT_APPLICABLE
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peft_suite.json"
-FILES = ("test_custom_models.py",)
+FILES = (
+    "test_custom_models.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_seq_classifier.py",
+)
 
 
 def fetch(folder: Path) -> Path:
@@ -40,7 +46,8 @@ def fetch(folder: Path) -> Path:
     shutil.copytree(next(folder.glob("peft-*/tests")), run / "tests")
     (run / "tests" / "__init__.py").touch()
     (run / "pytest.ini").write_text("[pytest]\n")  # theirs asks for coverage
-    shutil.copy(HERE / "retarget.py", run / "retarget.py")
+    for name in ("retarget.py", "local_models.py"):
+        shutil.copy(HERE / name, run / name)
     return run
 
 
