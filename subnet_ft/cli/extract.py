@@ -16,6 +16,13 @@ def extract(
     tuned: Annotated[str, typer.Argument(help="Checkpoint, or adapter, it ended with.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Mask file to write.")],
     rule: Annotated[str, typer.Option(help="bitwise, or abs:X.")] = "bitwise",
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a rule: the largest changes, up to this share of every parameter; "
+            "for a LoRA and other runs that change everything."
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Regular expression on whole parameter names.")
     ] = None,
@@ -33,6 +40,7 @@ def extract(
         base,
         tuned,
         rule,
+        keep=keep,
         output=output,
         overwrite=overwrite,
         include=include or None,
