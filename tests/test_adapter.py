@@ -350,7 +350,9 @@ def test_include_and_exclude() -> None:
     }
 
 
-def test_random_recipe_is_two_percent_and_reproducible() -> None:
+def test_random_recipe_is_two_percent_reproducible_and_said(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     models = [peft.get_peft_model(tiny_llama(), SubnetConfig()) for _ in range(2)]
     layers = [list(sidecar_layers(model)) for model in models]
     for a, b in zip(*layers, strict=True):
@@ -358,6 +360,13 @@ def test_random_recipe_is_two_percent_and_reproducible() -> None:
         assert a.subnets()[0].indices.numel() == round(0.02 * a.weight.numel())
     trainable, _ = models[0].get_nb_trainable_parameters()
     assert trainable == sum(layer.subnets()[0].indices.numel() for layer in layers[0])
+    said = f"no mask given: training a random 2% of each of 14 parameters (all-linear), {trainable}"
+    assert caplog.text.count(said) == 2
+    models[0].add_adapter("ref", models[0].peft_config["default"])  # as TRL copies one
+    models[0].save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    peft.get_peft_model(tiny_llama(), SubnetConfig(mask=random_mask(tiny_llama())))
+    assert caplog.text.count("no mask given") == 2
 
 
 def test_config_holds_no_mask_and_no_path(tmp_path: Path) -> None:

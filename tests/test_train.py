@@ -72,7 +72,9 @@ def given_for(algorithm: str, base: Path, tmp_path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_example_trains(algorithm: str, base: Path, tmp_path: Path) -> None:
+def test_every_example_trains(
+    algorithm: str, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = EXAMPLES / f"train_{algorithm}.yaml"
     assert f"subnet-ft train {algorithm} --config examples/{config.name}" in config.read_text()
     given = given_for(algorithm, base, tmp_path)
@@ -80,6 +82,7 @@ def test_every_example_trains(algorithm: str, base: Path, tmp_path: Path) -> Non
         given["subnet_mask"] = base / "mask.safetensors"
     result = run(algorithm, "--config", config, *options(**given))
     assert result.exit_code == 0, (result.stderr, result.exception)
+    assert caplog.text.count("no mask given: training a random") == ("subnet_mask" not in given)
 
     trained = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path)
     before, after = snapshot(tiny_llama()), snapshot(trained.get_base_model())

@@ -108,7 +108,17 @@ class SubnetModel(BaseTuner):
         shapes = {name: shape for name, shape in shapes.items() if name not in whole}
         mask = SELECTORS[config.selector](shapes, config.density, config.seed)
         config._source, config._shapes = dict(mask.metadata), shapes
-        return plan(model, mask, shapes, {}, dtype)
+        entries = plan(model, mask, shapes, {}, dtype)
+        logger.warning(  # a choice made for the user is said where they see it
+            "no mask given: training a %s %.3g%% of each of %d parameters (%s), %d weights in all; "
+            "extract_mask takes a mask from a finished run",
+            config.selector,
+            100 * config.density,
+            len(shapes),
+            config.include or "all-linear",
+            mask.nnz,
+        )
+        return entries
 
     def _same_recipe(self, model: nn.Module, config: SubnetConfig, adapter_name: str) -> str | None:
         attached = {name for layer in sidecar_layers(model) for name in layer.subnet_ft_values}
