@@ -12,6 +12,7 @@ from subnet_ft import peft_hook
 if TYPE_CHECKING:
     from subnet_ft.adapter import SubnetConfig, SubnetModel
     from subnet_ft.callback import SubnetCallback
+    from subnet_ft.discovery import SubnetDiscoveryCallback
     from subnet_ft.errors import SubnetError
     from subnet_ft.extract import extract_mask
     from subnet_ft.mask import SubnetMask
@@ -25,6 +26,7 @@ _HOME = {
     "SubnetAdamW": "subnet_ft.optim",
     "SubnetCallback": "subnet_ft.callback",
     "SubnetConfig": "subnet_ft.adapter",
+    "SubnetDiscoveryCallback": "subnet_ft.discovery",
     "SubnetError": "subnet_ft.errors",
     "SubnetMask": "subnet_ft.mask",
     "SubnetMeter": "subnet_ft.meter",
@@ -38,6 +40,7 @@ __all__ = [
     "SubnetAdamW",
     "SubnetCallback",
     "SubnetConfig",
+    "SubnetDiscoveryCallback",
     "SubnetError",
     "SubnetMask",
     "SubnetMeter",

@@ -22,6 +22,23 @@ def random_indices(numel: int, nnz: int, generator: np.random.Generator) -> torc
     return torch.from_numpy(chosen)
 
 
+def largest_entries(scores: torch.Tensor, nnz: int) -> torch.Tensor:
+    """Find the ``nnz`` largest |scores|; of equal ones the lowest positions.
+
+    Args:
+        scores: Any shape, finite.
+        nnz: How many, at least one.
+
+    Returns:
+        (nnz,) int64, strictly increasing flat positions.
+    """
+    sizes = scores.detach().flatten().abs()
+    bound = sizes.topk(nnz, sorted=False).values.min()
+    above = (sizes > bound).nonzero().view(-1)
+    equal = (sizes == bound).nonzero().view(-1)[: nnz - above.numel()]
+    return torch.cat([above, equal]).sort().values
+
+
 def random(shapes: Mapping[str, tuple[int, ...]], density: float, seed: int = 0) -> SubnetMask:
     """Keep the same share of every parameter, chosen uniformly.
 

@@ -28,6 +28,7 @@ ORDER = [
     {"optim"},
     {"meter"},
     {"callback"},
+    {"discovery"},
     {"cli"},
 ]
 RANK = {module: rank for rank, group in enumerate(ORDER) for module in group}

@@ -60,7 +60,9 @@ class Bind(torch.autograd.Function):
         subnets = sidecar.recall(ctx.mark)
         for subnet, needed in zip(subnets, ctx.needs_input_grad[2:], strict=True):
             part = None
-            if needed:
+            if needed and subnet.scout is not None:  # a mask is looked for: nothing trains yet
+                subnet.scout(gradient)
+            elif needed:
                 part = torch.empty_like(subnet.values)
                 ops.gather(gradient, subnet.indices, part)
             if part is not None and subnet.offmask is not None:

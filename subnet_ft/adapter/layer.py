@@ -118,7 +118,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     @property
     def computes_weight_grad(self) -> bool:
         """Whether the weight's gradient is computed at its entries alone; see `linear`."""
-        return all(s.computes_weight_grad for s in self.live_subnets) and any(
+        return all(s.computes_weight_grad and not s.scout for s in self.live_subnets) and any(
             s.values.requires_grad for s in self.live_subnets
         )
 

@@ -54,6 +54,7 @@ class Subnet(nn.Module):
         self._tiles: Tiles | None = None
         self.offmask = OffMaskNorm(self, offmask_uses) if offmask_uses else None
         self.observer: Observer | None = None  # sees each use's gradient, dense and compact
+        self.scout: Callable[[torch.Tensor], Any] | None = None  # takes the dense one; none is left
 
     @property
     def values(self) -> nn.Parameter:
@@ -61,6 +62,17 @@ class Subnet(nn.Module):
         values = self._parameters[self.leaf]
         assert values is not None
         return values
+
+    def reseat(self, indices: torch.Tensor, originals: torch.Tensor) -> None:
+        """Give it other entries, as many, at the base's values; the parameter stays the same one.
+
+        Args:
+            indices: (nnz,) int64, strictly increasing flat positions.
+            originals: (nnz,) the base's entries there; the weight must hold the base's values.
+        """
+        self.indices, self.originals = indices, originals
+        self.values.data.copy_(originals)
+        self.base_checksum, self._tiles = checksum(originals), None
 
     def tiles(self, rows: int, cols: int) -> Tiles:
         """Return the entries as the kernel of `weight_grad` reads them, made at the first call.
