@@ -116,8 +116,9 @@ class SubnetAdamW(torch.optim.Optimizer):
         torch._foreach_add_(steps, 1)
         alike: dict[tuple[float, bool], list[Pair]] = {}
         for (parameter, layer), step in zip(pairs, torch.stack(steps).tolist(), strict=True):
-            # Under several live adapters the weight is not these values: `flush` adds them up.
-            alone = layer is not None and len(layer.live_subnets) == 1
+            # Under several live adapters the weight is not these values: `flush` adds them up. A
+            # quantized one holds none.
+            alone = layer is not None and layer.in_place and len(layer.live_subnets) == 1
             alike.setdefault((step, alone), []).append((parameter, layer))
         for (step, alone), members in alike.items():
             parameters, layers = zip(*members, strict=True)

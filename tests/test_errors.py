@@ -240,7 +240,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (pattern_without_match, "match"),
     (pattern_that_is_no_regex, "regular expression"),
     (float8_weight, "float8"),
-    (quantized_weight, "quantized base"),
+    (quantized_weight, "quantized by bitsandbytes, found a Parameter of torch.uint8"),
     (cast_after_attaching, "cast the base model before"),
     (embeddings_resized_after_attaching, "resize embeddings before"),
     (embeddings_untied_after_attaching, "untie embeddings before"),

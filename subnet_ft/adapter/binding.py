@@ -7,6 +7,7 @@ dict keys, ``isinstance`` and tied weights stay what they were.
 """
 
 import sys
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from subnet_ft import ops
 from subnet_ft.adapter.linear import is_linear, linear_forward
+from subnet_ft.adapter.quantized import is_quantized_linear
+from subnet_ft.adapter.quantized_linear import quantized_forward
 from subnet_ft.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ def bind_owner(owner: nn.Module, leaf: str, sidecar: "SubnetLayer") -> None:
     """Route reads of ``owner.<leaf>`` through ``sidecar``."""
     owner.__dict__.setdefault(_SIDECARS, {})[leaf] = sidecar
     owner.__class__ = _bound_class(_original_class(owner), frozenset(owner.__dict__[_SIDECARS]))
+    _follow_class(owner)
 
 
 def release_owner(owner: nn.Module, leaf: str) -> None:
@@ -89,6 +93,7 @@ def release_owner(owner: nn.Module, leaf: str) -> None:
     else:
         del owner.__dict__[_SIDECARS]
         owner.__class__ = original
+    _follow_class(owner)
 
 
 def sidecar_of(owner: nn.Module, leaf: str) -> "SubnetLayer | None":
@@ -100,12 +105,22 @@ def _original_class(owner: nn.Module) -> type:
     return getattr(type(owner), "_subnet_original", type(owner))
 
 
+def _follow_class(owner: nn.Module) -> None:
+    """Have accelerate's hooks, which keep the forward they found, run the one of the class."""
+    if "_old_forward" in owner.__dict__:
+        owner.__dict__["_old_forward"] = MethodType(type(owner).forward, owner)
+
+
 def _bound_class(original: type, leaves: frozenset[str]) -> type:
     key = (original, leaves)
     if key not in _classes:
-        members: dict[str, Any] = {leaf: property(_reader(leaf), _refuse) for leaf in leaves}
-        if "weight" in leaves and is_linear(original):
-            members["forward"] = _linear_forward
+        members: dict[str, Any] = {}
+        if is_quantized_linear(original):  # which reads and replaces its own parameters
+            members["forward"] = _quantized_forward
+        else:
+            members = {leaf: property(_reader(leaf), _refuse) for leaf in leaves}
+            if "weight" in leaves and is_linear(original):
+                members["forward"] = _linear_forward
         # Prints, error messages and name checks should show the class the user knows.
         members |= {"__module__": original.__module__, "__qualname__": original.__qualname__}
         _classes[key] = type(
@@ -126,6 +141,11 @@ def _linear_forward(owner: Any, input: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() and sidecar.computes_weight_grad:
         return linear_forward(owner, input, sidecar)
     return nn.Linear.forward(owner, input)
+
+
+def _quantized_forward(owner: Any, x: torch.Tensor) -> torch.Tensor:
+    sidecars = owner.__dict__[_SIDECARS]
+    return quantized_forward(owner, x, sidecars.get("weight"), sidecars.get("bias"))
 
 
 def _reader(leaf: str) -> Any:

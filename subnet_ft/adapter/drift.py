@@ -22,7 +22,7 @@ def off_mask_sums(root: nn.Module) -> dict[str, int]:
     Returns:
         Base parameter name -> integer; parameters that train whole are left out.
     """
-    layers = {layer.name: layer for layer in sidecar_layers(root)}
+    layers = {layer.name: layer for layer in sidecar_layers(root) if layer.in_place}
     sums = {}
     for name, ((module, leaf), *_) in base_parameters(root).items():
         weight = module._parameters[leaf]

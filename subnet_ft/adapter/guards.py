@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subnet_ft.adapter import early_stop, transformers_methods
+from subnet_ft.adapter import early_stop, quantized, transformers_methods
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.errors import ConfigError, UnsupportedError
 
@@ -32,6 +32,7 @@ def guard(root: nn.Module) -> None:
     if hasattr(root, "tie_weights"):
         root.__dict__["tie_weights"] = MethodType(_tie_raw, root)
     early_stop.install(root)
+    quantized.keep_unpacked(root)
     transformers_methods.install(root)
 
 
@@ -43,6 +44,7 @@ def unguard(root: nn.Module) -> None:
     for name in ("_apply", "resize_token_embeddings", "tie_weights"):
         root.__dict__.pop(name, None)
     early_stop.uninstall(root)
+    quantized.allow_packing(root)
     transformers_methods.uninstall(root)
 
 

@@ -1,5 +1,6 @@
 """Attaching sidecars to a model, and taking them off again."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,19 @@ from torch import nn
 from subnet_ft import ops
 from subnet_ft.adapter.binding import bind_owner, release_owner, sidecar_of
 from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.quantized import (
+    check_quantized,
+    entries_dtype,
+    kind_of,
+    refuse_other_quantization,
+    weight_shape,
+)
+from subnet_ft.adapter.quantized_layer import CLASSES, read_dequantized
 from subnet_ft.adapter.writing import read_entries
 from subnet_ft.errors import ConfigError, MaskMismatchError, UnsupportedError
 from subnet_ft.storage.codec import checksum
+
+logger = logging.getLogger(__name__)
 
 _CHILD = "subnet_"  # sidecar of `q_proj.weight`: the child `q_proj.subnet_weight`
 Owners = list[tuple[nn.Module, str]]
@@ -71,7 +82,8 @@ def plan(
         ConfigError: bfloat16 values for a weight that is not bfloat16.
         MaskMismatchError: It is empty, names other parameters, has other shapes, or was taken from
             a base with other values at its entries (compared in bf16).
-        UnsupportedError: A masked weight cannot be edited in place.
+        UnsupportedError: A masked weight can neither be edited in place nor is one that
+            bitsandbytes quantized.
     """
     places = base_parameters(root)
     if not len(mask):
@@ -80,37 +92,54 @@ def plan(
         )
     unknown = [name for name in mask if name not in places]
     if unknown:
+        refuse_other_quantization(root)
         raise MaskMismatchError(
             f"mask of another model: {type(root).__name__} has no parameter {unknown[0]!r}"
             f"{f' (nor {len(unknown) - 1} more)' if unknown[1:] else ''}; "
             "extract the mask from this base model"
         )
-    entries = []
+    entries, unchecked = [], 0
     for name in mask:
         module, leaf = places[name][0]
         weight = module._parameters[leaf]
         assert weight is not None
-        check_weight(name, weight)
-        if tuple(weight.shape) != tuple(shapes[name]):
+        quantized = kind_of(module, leaf) is not None
+        if quantized:
+            check_quantized(name, module)
+        else:
+            check_weight(name, weight)
+        if (shape := weight_shape(module, leaf)) != tuple(shapes[name]):
             raise MaskMismatchError(
-                f"{name}: mask was made for shape {tuple(shapes[name])}, weight is "
-                f"{tuple(weight.shape)}; extract the mask from this base model"
+                f"{name}: mask was made for shape {tuple(shapes[name])}, weight is {shape}; "
+                "extract the mask from this base model"
             )
-        if dtype == torch.bfloat16 != weight.dtype:
+        own_dtype = entries_dtype(module) if quantized else weight.dtype
+        if dtype == torch.bfloat16 != own_dtype:
             raise ConfigError(
-                f'values_dtype="bfloat16": expected a bf16 base, found {weight.dtype} in {name}; '
+                f'values_dtype="bfloat16": expected a bf16 base, found {own_dtype} in {name}; '
                 'load the base in bf16 or use values_dtype="float32"'
             )
         indices = mask[name].to(weight.device, ops.INDEX_DTYPE)
         layer = sidecar_of(module, leaf)
-        originals = layer.read_base(indices) if layer else read_entries(weight.data, indices)
+        if quantized:
+            originals = read_dequantized(module, indices)
+        else:
+            originals = layer.read_base(indices) if layer else read_entries(weight.data, indices)
         expected = checksums.get(name)
         if expected is not None and (found := checksum(originals)) != expected:
-            raise MaskMismatchError(
-                f"{name}: wrong base model: expected checksum {expected} of its values at the "
-                f"mask's entries, found {found}; load the base model the mask was made on"
-            )
+            if not quantized:
+                raise MaskMismatchError(
+                    f"{name}: wrong base model: expected checksum {expected} of its values at the "
+                    f"mask's entries, found {found}; load the base model the mask was made on"
+                )
+            unchecked += 1
         entries.append(Entries(name, places[name], indices, originals))
+    if unchecked:
+        logger.warning(
+            "%d masked weights are quantized and not what the mask was made on: its base model "
+            "before quantization or another one, which cannot be told",
+            unchecked,
+        )
     return entries
 
 
@@ -118,12 +147,14 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
     """Refuse a weight that cannot be edited in place.
 
     Raises:
-        UnsupportedError: It is quantized, float8, on the meta device or not contiguous.
+        UnsupportedError: It is quantized otherwise than by bitsandbytes, float8, on the meta device
+            or not contiguous.
     """
-    if not weight.is_floating_point():
+    library = type(weight).__module__.partition(".")[0]
+    if not weight.is_floating_point() or library == "torchao":
         raise UnsupportedError(
-            f"{name}: expected a floating-point weight, found {weight.dtype}; a quantized base "
-            "cannot be edited in place, load it in bf16"
+            f"{name}: expected a weight in fp32, bf16 or fp16, or one quantized by bitsandbytes, "
+            f"found a {type(weight).__name__} of {weight.dtype}; load the base in one of those"
         )
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedError(f"{name}: expected fp32, bf16 or fp16, found {weight.dtype}")
@@ -143,7 +174,7 @@ def attach(entries: Entries, adapter: str, **options: Any) -> SubnetLayer:
     module, leaf = entries.owners[0]
     layer = sidecar_of(module, leaf)
     if layer is None:
-        layer = SubnetLayer(entries.name, entries.owners)
+        layer = CLASSES[kind_of(module, leaf)](entries.name, entries.owners)
         module.add_module(_CHILD + leaf, layer)
         for owner, owner_leaf in entries.owners:
             bind_owner(owner, owner_leaf, layer)

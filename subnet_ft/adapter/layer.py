@@ -11,6 +11,7 @@ from torch import nn
 from subnet_ft import ops
 from subnet_ft.adapter.binding import Bind
 from subnet_ft.adapter.linear import pays
+from subnet_ft.adapter.quantized import weight_shape
 from subnet_ft.adapter.subnet import Subnet
 from subnet_ft.adapter.writing import compose, flush_all, read_entries
 from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedError
@@ -34,6 +35,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("subnet_ft_values",)
+    in_place = True  # the weight holds what is live; of a quantized one, it cannot
     subnet_ft_values: nn.ModuleDict
     owners: tuple[tuple[nn.Module, str], ...]
     merged_adapters: list[str]
@@ -47,7 +49,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         self.name = name
         # In a plain tuple: the owner is our parent, and must not become our child.
         self.__dict__["owners"] = tuple(owners)
-        self.shape = tuple(self.weight.shape)
+        self.shape = weight_shape(*self.owners[0])
         self.subnet_ft_values = nn.ModuleDict()
         self.merged_adapters = []
         self._active_adapter: str | list[str] = []

@@ -72,16 +72,33 @@ class WeightGrad(torch.autograd.Function):
         (gradient,) = gradients
         (inputs,) = ctx.saved_tensors
         subnets = ctx.sidecar.recall(ctx.mark)
-        dy = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-        x = inputs.reshape(-1, inputs.shape[-1]).contiguous()
-
-        def compute(subnet: "Subnet") -> torch.Tensor:
-            tiles = partial(subnet.tiles, dy.shape[1], x.shape[1])
-            return ops.weight_grad(dy, x, subnet.indices, tiles).to(subnet.values.dtype)
-
-        needed = zip(subnets, ctx.needs_input_grad[3:], strict=True)
-        compact = [compute(subnet) if wanted else None for subnet, wanted in needed]
+        compact = entry_gradients(subnets, ctx.needs_input_grad[3:], gradient, inputs)
         return gradient, None, None, *compact
+
+
+def entry_gradients(
+    subnets: Sequence["Subnet"],
+    needed: Sequence[bool],
+    gradient: torch.Tensor,
+    inputs: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """Compute a linear layer's compact gradients, None where not needed.
+
+    Args:
+        subnets: The entries.
+        needed: Whose gradients are.
+        gradient: (..., rows) of the layer's output.
+        inputs: (..., cols) of the layer, in the same dtype.
+    """
+    dy = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+    x = inputs.reshape(-1, inputs.shape[-1]).contiguous()
+
+    def compute(subnet: "Subnet") -> torch.Tensor:
+        tiles = partial(subnet.tiles, dy.shape[1], x.shape[1])
+        return ops.weight_grad(dy, x, subnet.indices, tiles).to(subnet.values.dtype)
+
+    pairs = zip(subnets, needed, strict=True)
+    return [compute(subnet) if wanted else None for subnet, wanted in pairs]
 
 
 def is_linear(cls: type) -> bool:

@@ -13,8 +13,10 @@ from torch import nn
 
 from subnet_ft.adapter import state, step_hooks, weighted
 from subnet_ft.adapter.config import FROM_FILE, SubnetConfig
+from subnet_ft.adapter.dequantized import to_full_precision
 from subnet_ft.adapter.guards import guard, unguard
 from subnet_ft.adapter.inject import Entries, attach, detach, plan, sidecar_layers
+from subnet_ft.adapter.kept_dtype import keep_values
 from subnet_ft.adapter.layer import SubnetLayer
 from subnet_ft.adapter.targets import check_enclosed, filter_mask, saved_whole, target_shapes
 from subnet_ft.adapter.writing import flush_all
@@ -67,6 +69,7 @@ class SubnetModel(BaseTuner):
                 layer.delete_adapter(adapter_name)
         for one in entries:
             attach(one, adapter_name, **config.entry_options)
+        keep_values(model)
         self.targeted_parameter_names += [
             one.name for one in entries if one.name not in self.targeted_parameter_names
         ]
@@ -167,6 +170,21 @@ class SubnetModel(BaseTuner):
             keep_values=False,
         )
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Keep the named adapters in the weights until `unmerge_adapter`, whichever are active.
+
+        The values of a quantized weight stay beside it, as when they are active: it is not
+        quantized again.
+        """
+        super().merge_adapter(adapter_names, safe_merge)
+        if not all(layer.in_place for layer in sidecar_layers(self.model)):
+            logger.warning(
+                "merge_adapter: quantized weights hold no values, which stay beside them; whoever "
+                "reads the weights themselves needs merge_and_unload()"
+            )
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -183,6 +201,8 @@ class SubnetModel(BaseTuner):
                     layer.enable_adapters(False)
         detach(layers, keep_values=merge)
         unguard(self.model)
+        if merge:
+            to_full_precision(self.model, layers)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )

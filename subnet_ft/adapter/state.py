@@ -4,6 +4,7 @@ The file is the truth: loading makes the adapter's entries exactly those the fil
 the config said. Its layout is `subnet_ft.adapter_file`'s.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from subnet_ft.adapter import clip
 from subnet_ft.adapter.inject import attach, detach, plan, sidecar_layers
+from subnet_ft.adapter.kept_dtype import keep_values
 from subnet_ft.adapter.layer import SubnetLayer
 from subnet_ft.adapter_file import (
     HEADER_KEY,
@@ -53,8 +55,7 @@ def pack(
     for module_name, layer in model.named_modules():
         if not isinstance(layer, SubnetLayer) or (subnet := layer.subnet(adapter)) is None:
             continue
-        numel = layer.weight.numel()
-        kind, encoded = encode_indices(subnet.indices.cpu(), numel)
+        kind, encoded = encode_indices(subnet.indices.cpu(), math.prod(layer.shape))
         packed[f"{module_name}.subnet_ft_values.{adapter}.{kind}"] = encoded
         parameters[layer.name] = {
             "shape": list(layer.shape),
@@ -127,6 +128,7 @@ def unpack(
         active: Any = getattr(model, "active_adapters", [adapter])
         layer.set_adapter(active() if callable(active) else list(active))
         layer.subnet_ft_values[adapter].requires_grad_(not config.inference_mode)
+    keep_values(root)
     for parameter, requires_grad in trained:  # other adapters are as trainable as they were
         parameter.requires_grad_(requires_grad)
     for name in current.keys() - indices.keys():

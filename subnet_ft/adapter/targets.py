@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from subnet_ft.adapter.inject import Entries, base_parameters, sidecar_layers
+from subnet_ft.adapter.quantized import kind_of, refuse_other_quantization, weight_shape
 from subnet_ft.errors import ConfigError
 from subnet_ft.mask import SubnetMask
 from subnet_ft.names import Patterns, select_names
@@ -43,6 +44,12 @@ def check_enclosed(root: nn.Module, config: "SubnetConfig", entries: list[Entrie
                 'clip="dense": expected one process, found several, each of which would clip by '
                 'its own norm; use clip="compact"'
             )
+    for entry in entries:
+        if config.clip == "dense" and kind_of(*entry.owners[0]):
+            raise ConfigError(
+                f'{entry.name}: clip="dense" reads the dense gradient, which a quantized weight '
+                'has none of: expected clip="compact", found "dense"; use that'
+            )
     endings = tuple(config.modules_to_save or ())
     tokens = config.trainable_token_indices
     if tokens:
@@ -76,12 +83,15 @@ def target_shapes(
         exclude: Patterns of names to leave out.
 
     Returns:
-        Name -> shape of every floating-point parameter meant.
+        Name -> shape of every floating-point or quantized parameter meant.
 
     Raises:
         ConfigError: A pattern matches nothing, or nothing is left.
+        UnsupportedError: All is asked of a model that is quantized otherwise than by bitsandbytes.
     """
     linear, everything = _names(root)
+    if include in (None, "all-linear", "all"):
+        refuse_other_quantization(root)
     if include in (None, "all-linear"):
         names = select_names(linear, None, exclude)
     else:
@@ -112,9 +122,9 @@ def _names(root: nn.Module) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     for name, owners in base_parameters(root).items():
         module, leaf = owners[0]
         weight = module._parameters[leaf]
-        if weight is None or not weight.is_floating_point():
+        if weight is None or not (weight.is_floating_point() or kind_of(module, leaf)):
             continue
-        everything[name] = tuple(weight.shape)
+        everything[name] = weight_shape(module, leaf)
         is_linear = any(isinstance(m, nn.Linear | Conv1D) and lf == "weight" for m, lf in owners)
         if is_linear and all(m is not head for m, _ in owners):
             linear.append(name)

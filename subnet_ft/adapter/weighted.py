@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from subnet_ft.adapter.config import FROM_FILE
 from subnet_ft.adapter.inject import Entries, attach, sidecar_layers
+from subnet_ft.adapter.kept_dtype import keep_values
 from subnet_ft.adapter.writing import compose
 from subnet_ft.errors import ConfigError
 
@@ -33,6 +34,7 @@ def add(model: "SubnetModel", adapters: Sequence[str], weights: Sequence[float],
         subnet = attach(entries, new, **config.entry_options).subnets((new,))[0]
         subnet.values.data.copy_(values)
         subnet.requires_grad_(False)  # as LoRA's: it trains once it is the active one
+    keep_values(model.model)
     nnz = sum(s.indices.numel() for la in sidecar_layers(model.model) if (s := la.subnet(new)))
     config.density = nnz / sum(math.prod(shape) for shape in config._shapes.values())
 

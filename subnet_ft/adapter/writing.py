@@ -28,7 +28,7 @@ def read_entries(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def flush_all(layers: Sequence["SubnetLayer"]) -> None:
     """Do `SubnetLayer.flush` of many layers, in one pass over all of their weights."""
-    single = [layer for layer in layers if len(layer.live_subnets) == 1]
+    single = [layer for layer in layers if layer.in_place and len(layer.live_subnets) == 1]
     subnets = [layer.live_subnets[0] for layer in single]
     ops.scatter_many_(
         [layer.weight.data for layer in single],

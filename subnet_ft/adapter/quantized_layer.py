@@ -1,0 +1,143 @@
+"""The sidecar of a quantized weight: the weight stays as it is, the values live beside it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from subnet_ft import ops
+from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.quantized import EIGHT_BIT, FOUR_BIT, dequantize, entries_dtype
+from subnet_ft.adapter.quantized_linear import AddedDelta, DequantizedLinear
+from subnet_ft.adapter.subnet import Subnet
+from subnet_ft.adapter.writing import compose, read_entries
+from subnet_kernels.reference_weight_grad import CHUNK
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class QuantizedLayer(SubnetLayer):
+    """`SubnetLayer` of a weight that cannot be edited: the same verbs, but nothing is written.
+
+    `sync` and `flush` note which adapters are live and that their values changed; `linear` runs the
+    layer with them. Originals are the dequantized entries.
+    """
+
+    in_place = False
+
+    def linear(self, owner: Any, own: Forward, inputs: torch.Tensor) -> torch.Tensor:
+        """Run the layer with the live values.
+
+        Args:
+            owner: The layer.
+            own: Its forward pass without them.
+            inputs: (..., cols).
+        """
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype, subnets: Sequence[Subnet] | None = None) -> torch.Tensor:
+        """Return the weight as it would be, (rows, cols); a copy.
+
+        Args:
+            dtype: What it is dequantized to.
+            subnets: Whose values it holds; by default the live adapters'.
+        """
+        weight = dequantize(self.owners[0][0], dtype)
+        subnets = self.live_subnets if subnets is None else subnets
+        if len(subnets) == 1:
+            ops.scatter_(weight, subnets[0].indices, subnets[0].values.detach())
+        elif subnets:
+            indices, _, values = compose(subnets)
+            ops.scatter_(weight, indices, values)
+        return weight
+
+    def add(
+        self, adapter: str, indices: torch.Tensor, originals: torch.Tensor, **options: Any
+    ) -> None:
+        """Give ``adapter`` entries of its own; gradients are always computed at them alone."""
+        super().add(adapter, indices, originals, **(options | {"weight_grad": "compact"}))
+
+    def read_base(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the dequantized entries at ``indices``, in the dtype originals have."""
+        return read_dequantized(self.owners[0][0], indices)
+
+    def rewrite(self) -> None:
+        """Note that values were loaded; there is nothing to write."""
+        self.flush()
+
+    def _write(self, adapters: tuple[str, ...]) -> None:
+        self.live, self.live_subnets = adapters, self.subnets(adapters)
+
+
+class FourBitLayer(QuantizedLayer):
+    """Of NF4 and FP4: the layer computes on the dequantized weight with the values in it."""
+
+    def linear(self, owner: Any, own: Forward, inputs: torch.Tensor) -> torch.Tensor:
+        """Run the layer with the live values, in the dtype its own forward pass computes in."""
+        if not owner.compute_type_is_set:
+            owner.set_compute_type(inputs)
+            owner.compute_type_is_set = True
+        x = inputs.reshape(-1, inputs.shape[-1])
+        if owner.compute_dtype is not None:
+            x = x.to(owner.compute_dtype)
+        bias = None if owner.bias is None else owner.bias.to(x.dtype)
+        values = [subnet.values for subnet in self.live_subnets]
+        output: torch.Tensor = DequantizedLinear.apply(x, bias, self, *values)
+        return output.view(*inputs.shape[:-1], -1).to(inputs.dtype)
+
+
+class EightBitLayer(QuantizedLayer):
+    """Of LLM.int8: the layer's own product, and the product of the values' change added to it."""
+
+    def linear(self, owner: Any, own: Forward, inputs: torch.Tensor) -> torch.Tensor:
+        """Run the layer, then add what the live values change."""
+        output = own(inputs)
+        x = inputs.reshape(-1, inputs.shape[-1]).to(output.dtype)
+        values = [subnet.values for subnet in self.live_subnets]
+        flat = output.reshape(-1, output.shape[-1])
+        result: torch.Tensor = AddedDelta.apply(flat, x, self, *values)
+        return result.view_as(output)
+
+    def delta(
+        self, dtype: torch.dtype, subnets: Sequence[Subnet]
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Give what the values change, some rows at a time, rows without an entry never.
+
+        Args:
+            dtype: Of the change; summed over adapters in fp32 before.
+            subnets: Whose values.
+
+        Yields:
+            Rows, and (rows, cols) of values - dequantized there, 0 outside the mask.
+        """
+        rows, cols = self.shape
+        height = min(rows, max(1, CHUNK // cols))
+        starts = torch.arange(0, rows + height, height, device=self.weight.device) * cols
+        places = [torch.searchsorted(s.indices, starts).tolist() for s in subnets]
+        for i, row in enumerate(range(0, rows, height)):
+            if all(place[i] == place[i + 1] for place in places):
+                continue
+            stop = min(row + height, rows)
+            change = torch.zeros((stop - row) * cols, device=starts.device)
+            for subnet, place in zip(subnets, places, strict=True):
+                part = slice(place[i], place[i + 1])
+                entries = subnet.values.detach()[part].float() - subnet.originals[part]
+                change.index_add_(0, subnet.indices[part] - row * cols, entries)
+            yield slice(row, stop), change.view(-1, cols).to(dtype)
+
+
+CLASSES: dict[str | None, type[SubnetLayer]] = {
+    None: SubnetLayer,
+    FOUR_BIT: FourBitLayer,
+    EIGHT_BIT: EightBitLayer,
+}
+
+
+def read_dequantized(module: Any, indices: torch.Tensor) -> torch.Tensor:
+    """Return a quantized weight's entries, (nnz,) in `quantized.entries_dtype`.
+
+    Args:
+        module: The linear layer.
+        indices: (nnz,) int64.
+    """
+    return read_entries(dequantize(module, entries_dtype(module)), indices)

@@ -1,0 +1,154 @@
+"""What a quantized linear layer computes under a subnetwork, and how its values get gradients.
+
+Both ways keep no dense weight between forward and backward, and never make its dense gradient.
+
+4-bit: the weight is dequantized into a temporary, the values are written over their entries there,
+and the product is a plain one: bit for bit the layer of the merged model. Backward makes the same
+temporary again.
+
+LLM.int8: the layer rounds its inputs to int8 as well. Its own product stays, and what the values
+change is added: y = layer(x) + x @ (values - dequantized).T, some rows of the latter at a time. At
+the start that is the layer's own output. The merged weight is exact; its output differs by what
+rounding the inputs does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from subnet_ft.adapter.linear import entry_gradients
+
+if TYPE_CHECKING:
+    from subnet_ft.adapter.layer import SubnetLayer
+    from subnet_ft.adapter.quantized_layer import EightBitLayer, QuantizedLayer
+
+
+class DequantizedLinear(torch.autograd.Function):
+    """A linear layer on a dequantized weight that holds the live values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        bias: torch.Tensor | None,
+        sidecar: "QuantizedLayer",
+        *values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute ``inputs @ weight.T + bias``.
+
+        Args:
+            ctx: Autograd's context.
+            inputs: (tokens, cols) in the dtype the weight is dequantized to.
+            bias: (rows,) in the same, or None.
+            sidecar: Whose live adapters ``values`` are.
+            *values: (nnz,) each.
+        """
+        output = nn.functional.linear(inputs, sidecar.dense(inputs.dtype), bias)
+        ctx.sidecar, ctx.mark, ctx.dtype = sidecar, sidecar.mark(), inputs.dtype
+        # Under autocast the product rounded its inputs to the output's dtype.
+        ctx.save_for_backward(inputs.to(output.dtype) if any(ctx.needs_input_grad[3:]) else None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the inputs' gradient and the compact ones.
+
+        Raises:
+            StaleGraphError: The layer holds other values than when the forward pass used it.
+        """
+        (gradient,) = gradients
+        subnets = ctx.sidecar.recall(ctx.mark)
+        for_inputs = for_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.sidecar.dense(ctx.dtype, subnets).to(gradient.dtype)
+            for_inputs = (gradient @ weight).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            for_bias = gradient.sum(0)
+        compact = entry_gradients(subnets, ctx.needs_input_grad[3:], gradient, *ctx.saved_tensors)
+        return for_inputs, for_bias, None, *compact
+
+
+class AddedDelta(torch.autograd.Function):
+    """Adds what the live values change to the output of a layer that does not know them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        inputs: torch.Tensor,
+        sidecar: "EightBitLayer",
+        *values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute ``output + inputs @ delta.T``.
+
+        Args:
+            ctx: Autograd's context.
+            output: (tokens, rows) of the layer.
+            inputs: (tokens, cols) in the same dtype.
+            sidecar: Whose live adapters ``values`` are.
+            *values: (nnz,) each.
+        """
+        ctx.sidecar, ctx.mark = sidecar, sidecar.mark()
+        ctx.save_for_backward(inputs)
+        result = output.clone()
+        for rows, delta in sidecar.delta(inputs.dtype, sidecar.live_subnets):
+            result[:, rows] += inputs @ delta.t()
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Pass the output's gradient on, and compute the inputs' and the compact ones.
+
+        Raises:
+            StaleGraphError: The layer holds other values than when the forward pass used it.
+        """
+        (gradient,) = gradients
+        (inputs,) = ctx.saved_tensors
+        subnets = ctx.sidecar.recall(ctx.mark)
+        for_inputs = None
+        if ctx.needs_input_grad[1]:
+            for_inputs = torch.zeros_like(inputs)
+            for rows, delta in ctx.sidecar.delta(gradient.dtype, subnets):
+                for_inputs += gradient[:, rows] @ delta
+        compact = entry_gradients(subnets, ctx.needs_input_grad[3:], gradient, inputs)
+        return gradient, for_inputs, None, *compact
+
+
+def quantized_forward(
+    owner: Any,
+    inputs: torch.Tensor,
+    weight: "QuantizedLayer | None",
+    bias: "SubnetLayer | None",
+) -> torch.Tensor:
+    """Run a quantized linear layer of which weight or bias are masked.
+
+    Args:
+        owner: The layer, of a class made by `binding.bind_owner`.
+        inputs: (..., cols).
+        weight: The weight's sidecar.
+        bias: The bias's.
+    """
+
+    def own(inputs: torch.Tensor) -> torch.Tensor:
+        # It would cast a bias of another dtype in place: a masked one stands aside.
+        masked = owner.bias if bias is not None else None
+        if masked is not None:
+            owner._parameters["bias"] = nn.Parameter(masked.data, requires_grad=False)
+        try:
+            output: torch.Tensor = super(type(owner), owner).forward(inputs)
+        finally:
+            if masked is not None:
+                owner._parameters["bias"] = masked
+        return output
+
+    if weight is None or not weight.live:
+        output = own(inputs)
+    else:
+        output = weight.linear(owner, own, inputs)
+    if bias is not None and torch.is_grad_enabled():
+        bound = bias.bind(owner.bias)
+        # The bias is in the output already: this adds zero, for the gradient alone, which
+        # bitsandbytes gives a wrong shape.
+        output = output + (bound - bound.detach()).to(output.dtype)
+    return output
