@@ -51,7 +51,7 @@ VALUE_WEIGHT, HEAD_LEARNING_RATE = 0.1, 1e-4
 
 def main() -> None:
     """Trains, and measures before and after."""
-    options = command_line(__doc__, "ppo", steps=40, learning_rate=1e-4).parse_args()
+    options = command_line(__doc__, "ppo", steps=30, learning_rate=1e-4).parse_args()
     model, tokenizer = load(options, warm_started())
     held_out = problems("heldout", HELD_OUT)
     measured(

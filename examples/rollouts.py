@@ -1,9 +1,8 @@
 """What `ppo.py`, `prime.py` and `rft.py` share: sampling, log-probabilities, losses, bookkeeping.
 
-One process, on whatever device accelerate finds; `accelerate launch --mixed_precision bf16` works.
-The policy is a PeftModel with a subnetwork, and the reference is that model with the subnetwork
-switched off. `--full` is a subnetwork of every weight: at density 1.0 that is full finetuning, and
-the reference comes the same way.
+One process, fp32, on whatever device accelerate finds. The policy is a PeftModel with a subnetwork,
+and the reference is that model with the subnetwork switched off. `--full` is a subnetwork of every
+weight: at density 1.0 that is full finetuning, and the reference comes the same way.
 """
 
 import argparse

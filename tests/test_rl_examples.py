@@ -243,9 +243,15 @@ def test_one_round_is_plain_rejection_sampling() -> None:
 
 
 def test_full_finetuning_is_a_subnetwork_of_everything() -> None:
-    rollouts = example("rollouts")
-    config = rollouts.subnet(argparse.Namespace(full=True, mask=None))
+    rollouts, prime = example("rollouts"), example("prime")
     base = tiny_llama()
-    count = sum(p.numel() for p in base.parameters())
-    model = peft.get_peft_model(base, config)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    options = argparse.Namespace(full=True, mask=None, steps=2, learning_rate=1e-2)
+    model = peft.get_peft_model(base, rollouts.subnet(options), adapter_name="policy").eval()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == sum(weight.numel() for weight in before.values())
+    list(prime.train(model, tiny_tokenizer(), PROBLEMS, low_first, options))
+    assert all(not torch.equal(before[name], weight) for name, weight in weights(model).items())
+    with model.disable_adapter():
+        for name, weight in weights(model).items():
+            assert_same_bits(before[name], weight, name)
