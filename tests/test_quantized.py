@@ -2,152 +2,51 @@
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate.hooks
 import bitsandbytes as bnb
 import peft
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError, SubnetMask
+from subnet_ft.adapter.drift import drifted, off_mask_sums
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.adapter.kept_dtype import KeptDtype
-from tests.helpers import assert_same_bits, random_mask, tokens
-
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-IDS = tokens()
-Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-def plain(dtype: torch.dtype = FP32) -> LlamaForCausalLM:
-    """A tiny Llama; rows are whole blocks of 64, else bitsandbytes 0.50's AVX-512 kernel errs."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        attention_bias=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+from tests.helpers import assert_same_bits
+from tests.quantized_helpers import (
+    BF16,
+    FP16,
+    FP32,
+    IDS,
+    Q_PROJ,
+    Bases,
+    attach,
+    dequantized,
+    eight_bit,
+    four_bit,
+    full_precision,
+    linears,
+    load,
+    logits,
+    mask_of,
+    plain,
+    save_bases,
+    shift,
+    step,
+    trained,
+)
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
-    """The same tiny model saved in fp32 and in bf16."""
-    saved = {}
-    for dtype in (FP32, BF16):
-        saved[dtype] = tmp_path_factory.mktemp("base")
-        plain(dtype).save_pretrained(saved[dtype])
-    return saved
-
-
-def four_bit(
-    bases: dict[torch.dtype, Path],
-    dtype: torch.dtype = FP32,
-    compute: torch.dtype | None = None,
-    kind: str = "nf4",
-    double: bool = False,
-) -> Any:
-    """Load in 4 bits; compute in the model's own dtype by default."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=compute or dtype,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        bases[dtype], dtype=dtype, device_map="cpu", quantization_config=config
-    ).train()
-
-
-def eight_bit(bases: dict[torch.dtype, Path], dtype: torch.dtype = FP32) -> Any:
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(
-        bases[dtype], dtype=dtype, device_map="cpu", quantization_config=config
-    ).train()
-
-
-def load(bases: dict[torch.dtype, Path], kind: str, dtype: torch.dtype = FP32) -> Any:
-    return eight_bit(bases, dtype) if kind == "int8" else four_bit(bases, dtype, kind=kind)
-
-
-def mask_of(density: float = 0.2, seed: int = 0) -> SubnetMask:
-    """Of the full-precision model: entries of every parameter, quantized later or not."""
-    return random_mask(plain(), density, seed)
-
-
-def attach(model: Any, **config: Any) -> Any:
-    return peft.get_peft_model(model, SubnetConfig(**({"mask": mask_of()} | config)))
-
-
-def trained(model: Any) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def step(model: Any, optimizer: torch.optim.Optimizer) -> float:
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss)
-
-
-def shift(model: Any, seed: int = 0) -> None:
-    """Values as training would leave them: not representable in bf16."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for values in trained(model):
-            values.add_(torch.randn(values.shape, generator=generator), alpha=0.01)
-    model.base_model.flush()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(input_ids=IDS).logits
-    return result
-
-
-def linears(model: Any) -> dict[str, Any]:
-    kinds = bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-
-
-def dequantized(module: Any, dtype: torch.dtype) -> torch.Tensor:
-    """By bitsandbytes' own functions, in fp32 and then rounded."""
-    if isinstance(module, bnb.nn.Linear8bitLt):
-        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        return (module.weight.data.float() * scale.view(-1, 1) * (1 / 127)).to(dtype)
-    state = module.weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    code = module.weight.data.view(-1)
-    nibbles = torch.stack([code >> 4, code & 15], 1).view(-1).long()
-    dense = state.code[nibbles].view(-1, state.blocksize) * absmax.view(-1, 1)
-    return dense.view(state.shape).to(dtype)
-
-
-def full_precision(model: Any, dtype: torch.dtype) -> Any:
-    """The model a quantized one stands for, made without the library."""
-    full: Any = plain(dtype)
-    full.load_state_dict(
-        {k: v for k, v in model.state_dict().items() if k in full.state_dict()}
-        | {f"{name}.weight": dequantized(m, dtype) for name, m in linears(model).items()}
-    )
-    return full
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return save_bases(tmp_path_factory.mktemp("bases"))
 
 
 # The forward pass, 4-bit: to the bit.
@@ -159,7 +58,7 @@ def full_precision(model: Any, dtype: torch.dtype) -> Any:
     ("dtype", "compute"), [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, BF16), (BF16, FP16)]
 )
 def test_untouched_values_give_the_bare_models_output(
-    bases: Any, dtype: torch.dtype, compute: torch.dtype, kind: str, double: bool
+    bases: Bases, dtype: torch.dtype, compute: torch.dtype, kind: str, double: bool
 ) -> None:
     bare = logits(four_bit(bases, dtype, compute, kind, double))
     model = attach(four_bit(bases, dtype, compute, kind, double))
@@ -169,7 +68,7 @@ def test_untouched_values_give_the_bare_models_output(
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_output_is_the_merged_models(bases: Any, dtype: torch.dtype, kind: str) -> None:
+def test_output_is_the_merged_models(bases: Bases, dtype: torch.dtype, kind: str) -> None:
     model = attach(four_bit(bases, dtype, kind=kind, double=True))
     shift(model)
     found = logits(model)
@@ -181,7 +80,7 @@ def test_output_is_the_merged_models(bases: Any, dtype: torch.dtype, kind: str) 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_merging_is_exact(bases: Any, dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+def test_merging_is_exact(bases: Bases, dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
     """Outside the mask what the base dequantizes to, inside the values, also where no mask is."""
     mask = mask_of().filter(exclude=r".*down_proj.*")
     expected = full_precision(load(bases, kind, dtype), dtype).state_dict()
@@ -202,7 +101,7 @@ def test_merging_is_exact(bases: Any, dtype: torch.dtype, kind: str, tmp_path: P
     assert_same_bits(logits(again.train()), logits(merged))
 
 
-def test_a_merged_model_has_the_widest_dtype_there_is(bases: Any) -> None:
+def test_a_merged_model_has_the_widest_dtype_there_is(bases: Bases) -> None:
     """Computing in fp32, the values are not rounded to the bf16 of the rest."""
     model = attach(four_bit(bases, BF16, FP32))
     shift(model)
@@ -218,7 +117,7 @@ def test_a_merged_model_has_the_widest_dtype_there_is(bases: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_run_is_the_masked_run_on_the_dequantized_model(bases: Any, kind: str) -> None:
+def test_a_run_is_the_masked_run_on_the_dequantized_model(bases: Bases, kind: str) -> None:
     """Forward, backward, every parameter kind and the optimizer, compared as bits after 4 steps."""
     model = four_bit(bases, kind=kind, double=True)
     full = attach(full_precision(model, FP32), weight_grad="compact").train()
@@ -270,6 +169,15 @@ def quantized_linear(kind: str, cols: int = 128, rows: int = 64) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_no_tokens(kind: str) -> None:
+    """An expert that no token is sent to."""
+    model = attach(nn.Sequential(quantized_linear(kind)), include="all", mask=None, density=0.1)
+    output = model(torch.randn(0, 128, requires_grad=True))
+    output.sum().backward()
+    assert output.shape == (0, 64)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_nothing_dense_is_kept_for_backward(kind: str) -> None:
     model = attach(
         nn.Sequential(quantized_linear(kind, 512, 256)), include="all", mask=None, density=0.1
@@ -288,7 +196,7 @@ def test_nothing_dense_is_kept_for_backward(kind: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_int8_starts_as_the_bare_model(bases: Any, dtype: torch.dtype, training: bool) -> None:
+def test_int8_starts_as_the_bare_model(bases: Bases, dtype: torch.dtype, training: bool) -> None:
     bare = logits(eight_bit(bases, dtype).train(training))
     model = attach(eight_bit(bases, dtype)).train(training)
     assert torch.equal(logits(model), bare)
@@ -315,7 +223,7 @@ def test_int8_adds_what_the_values_change() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_switching_disabling_deleting_unloading(bases: Any, kind: str) -> None:
+def test_switching_disabling_deleting_unloading(bases: Bases, kind: str) -> None:
     bare = logits(load(bases, kind))
     packed = {n: m.weight.data.clone() for n, m in linears(load(bases, kind)).items()}
     model = attach(load(bases, kind))
@@ -347,7 +255,7 @@ def test_switching_disabling_deleting_unloading(bases: Any, kind: str) -> None:
         assert type(module) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
-def test_sum_of_active_adapters_is_the_merged_weight(bases: Any) -> None:
+def test_sum_of_active_adapters_is_the_merged_weight(bases: Bases) -> None:
     model = attach(four_bit(bases))
     shift(model)
     model.add_adapter("other", SubnetConfig(mask=mask_of(0.3, seed=1)))
@@ -359,7 +267,7 @@ def test_sum_of_active_adapters_is_the_merged_weight(bases: Any) -> None:
 
 
 def test_merge_adapter_keeps_the_values_beside(
-    bases: Any, caplog: pytest.LogCaptureFixture
+    bases: Bases, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As TRL does around a sync to vLLM; nothing is quantized again."""
     model = attach(four_bit(bases))
@@ -374,7 +282,7 @@ def test_merge_adapter_keeps_the_values_beside(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_step_between_forward_and_backward_is_refused(bases: Any, kind: str) -> None:
+def test_a_step_between_forward_and_backward_is_refused(bases: Bases, kind: str) -> None:
     for make in (torch.optim.SGD, SubnetAdamW):
         model = attach(load(bases, kind))
         optimizer = make(trained(model), lr=0.1)
@@ -387,7 +295,7 @@ def test_a_step_between_forward_and_backward_is_refused(bases: Any, kind: str) -
             loss.backward()
 
 
-def test_a_reference_pass_between_forward_and_backward_is_fine(bases: Any) -> None:
+def test_a_reference_pass_between_forward_and_backward_is_fine(bases: Bases) -> None:
     gradients = []
     for interrupted in (False, True):
         model = attach(four_bit(bases))
@@ -401,7 +309,7 @@ def test_a_reference_pass_between_forward_and_backward_is_fine(bases: Any) -> No
     assert torch.equal(*gradients)
 
 
-def test_copies_are_independent(bases: Any) -> None:
+def test_copies_are_independent(bases: Bases) -> None:
     model = attach(four_bit(bases))
     twin = copy.deepcopy(model)
     before = logits(twin)
@@ -415,7 +323,7 @@ def test_copies_are_independent(bases: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_saved_and_loaded(
-    bases: Any, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bases: Bases, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = attach(load(bases, kind))
     shift(model)
@@ -431,7 +339,7 @@ def test_saved_and_loaded(
 
 
 def test_a_mask_of_the_full_precision_base_applies(
-    bases: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    bases: Bases, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Its checksums cannot hold of rounded weights: one warning; those of the rest are checked."""
     peft.get_peft_model(plain(), SubnetConfig(mask=mask_of())).save_pretrained(tmp_path)
@@ -445,16 +353,136 @@ def test_a_mask_of_the_full_precision_base_applies(
         peft.PeftModel.from_pretrained(other, tmp_path)
 
 
-def test_all_linear_layers_are_quantized_ones(bases: Any) -> None:
+def test_all_linear_layers_are_quantized_ones(bases: Bases) -> None:
     for kind in ("nf4", "int8"):
         model = attach(load(bases, kind), mask=None, density=0.05)
         names = {layer.name for layer in sidecar_layers(model)}
         assert names == {f"{name}.weight" for name in linears(model.get_base_model())}
         assert names and all(not layer.in_place for layer in sidecar_layers(model))
-        with pytest.raises(StopIteration):
-            next(attach_nothing(model))
 
 
-def attach_nothing(model: Any) -> Iterator[Any]:
-    """Sidecars of parameters that are not quantized."""
-    return (layer for layer in sidecar_layers(model) if layer.in_place)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_only_quantized_weights_that_are_masked_make_a_full_precision_model(
+    bases: Bases, kind: str
+) -> None:
+    model = attach(load(bases, kind), mask=mask_of().filter(".*norm.*|.*embed.*"))
+    shift(model)
+    found = logits(model)
+    merged = model.merge_and_unload()
+    assert len(linears(merged)) == 14 and merged.is_quantized
+    assert torch.equal(logits(merged), found)
+
+
+# What bitsandbytes does behind the back
+
+
+def test_evaluation_does_not_repack_the_weights(bases: Bases) -> None:
+    """On a CPU with AVX512-BF16 it would, rounding the scales and ending all gradients there."""
+    model = attach(four_bit(bases), mask=mask_of().filter(".*(embed|down_proj).*"))
+    before = off_mask_sums(model.get_base_model())
+    first = logits(model)
+    assert_same_bits(logits(model.eval()), first)
+    with model.disable_adapter():
+        logits(model)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in trained(model))
+    assert not drifted(before, off_mask_sums(model.get_base_model()))
+
+
+def test_repacked_weights_are_refused(bases: Bases) -> None:
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 only")
+    model = four_bit(bases).eval()
+    logits(model)
+    with pytest.raises(SubnetError, match="packed for inference"):
+        attach(model)
+
+
+def test_packing_is_allowed_again_when_the_adapter_is_gone(bases: Bases) -> None:
+    def packs(model: Any) -> set[bool]:
+        return {bool(m.support_avx512bf16_for_cpu) for m in linears(model).values()}
+
+    model = four_bit(bases)
+    before = packs(model)
+    model = attach(model)
+    assert packs(model) == {False}
+    assert packs(model.unload()) == before
+
+
+def test_a_masked_bias_keeps_its_dtype(bases: Bases) -> None:
+    """bitsandbytes casts biases in place to what the layer computes in."""
+    model = attach(four_bit(bases, BF16, FP32))
+    shift(model)
+    found = logits(model)
+    with model.disable_adapter():
+        logits(model)
+    assert model.get_base_model().get_submodule(Q_PROJ).bias.dtype == BF16
+    assert_same_bits(logits(model), found)
+
+
+@pytest.mark.parametrize("first", ["hook", "adapter"])
+def test_accelerate_hooks_run_the_values_too(bases: Bases, first: str) -> None:
+    """A model dispatched to several devices has one on each layer, which keeps its forward."""
+    model = four_bit(bases)
+    bare = logits(model)
+    hook = accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+
+    def add_hooks(root: Any) -> None:
+        for module in linears(root).values():
+            accelerate.hooks.add_hook_to_module(module, hook)
+
+    if first == "hook":
+        add_hooks(model)
+    model = attach(model)
+    if first == "adapter":
+        add_hooks(model.get_base_model())
+    shift(model)
+    found = logits(model)
+    assert not torch.equal(found, bare)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(model.unload()), bare)
+    merged = twin.merge_and_unload()
+    assert_same_bits(logits(merged), found)
+    assert merged.get_submodule(Q_PROJ)._hf_hook is not None
+
+
+# Refused
+
+
+def refused(module: nn.Module, **config: Any) -> str:
+    before = [type(m) for m in module.modules()]
+    with pytest.raises(SubnetError) as raised:
+        peft.get_peft_model(nn.Sequential(module), SubnetConfig(**({"include": "all"} | config)))
+    assert [type(m) for m in module.modules()] == before
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_what_cannot_be_masked_is_refused() -> None:
+    conv = quantized_linear("nf4")
+    conv.source_cls = Conv1D
+    assert "Conv1D" in refused(conv)
+    loose = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
+    assert "not quantized yet" in refused(loose)
+    half = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True).to("cpu")
+    assert "has_fp16_weights" in refused(half)
+    assert "Embedding4bit" in refused(bnb.nn.Embedding4bit(64, 64).to("cpu"))
+    assert 'clip="compact"' in refused(quantized_linear("nf4"), clip="dense")
+    assert "bf16 base" in refused(quantized_linear("nf4"), values_dtype="bfloat16")
+
+
+def test_other_quantizations_are_refused_by_name() -> None:
+    model: Any = plain()
+    model.quantization_method = "hqq"
+    for config in (
+        SubnetConfig(),
+        SubnetConfig(mask=SubnetMask.synthetic({"a.weight": (2, 2)}, 1)),
+    ):
+        with pytest.raises(SubnetError, match="quantized by bitsandbytes, found hqq"):
+            peft.get_peft_model(model, config)
+
+
+def test_a_mask_of_another_shape_is_refused(bases: Bases) -> None:
+    mask = SubnetMask.synthetic({f"{Q_PROJ}.weight": (2048, 1)}, 0.5)
+    with pytest.raises(SubnetError, match=r"shape \(2048, 1\), weight is \(64, 64\)"):
+        attach(four_bit(bases), mask=mask)

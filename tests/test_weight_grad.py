@@ -150,6 +150,22 @@ def test_a_layer_may_be_followed_by_work_in_place() -> None:
     assert torch.equal(*grads) and grads[0].abs().sum() > 0
 
 
+def test_values_stepped_within_backward_do_not_reach_the_inputs_gradient() -> None:
+    losses = []
+    for released in (False, True):
+        model, _ = gradients(torch.float32, weight_grad="compact")
+        model.zero_grad()
+        values = [p for p in model.parameters() if p.requires_grad]
+        optimizer = SubnetAdamW(values, lr=0.1, release_gradients=released)
+        for _ in range(3):
+            loss = model(input_ids=tokens(), labels=tokens()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
 def test_the_kernel_can_be_forced() -> None:
     dy, x = (t.to(DEVICE) for t in operands((7, 5, 3), torch.float32))
     index = torch.tensor([0, 4, 14], device=DEVICE)

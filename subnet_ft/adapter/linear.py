@@ -1,9 +1,9 @@
 """A linear layer whose weight gradient is computed at the masked entries alone.
 
 The ordinary way, `binding.Bind`, lets autograd compute the dense gradient and gathers from it. Here
-the layer runs on the bare weight, and an edge beside it computes the compact gradient from what the
-layer took in and what came back: the dense gradient never exists. It sums in another order, so
-results equal the ordinary way's only up to rounding.
+the layer's own backward computes the compact gradient from what the layer took in and what came
+back: the dense gradient never exists. It sums in another order, so results equal the ordinary way's
+only up to rounding.
 """
 
 import math
@@ -36,44 +36,59 @@ def pays(shape: Sequence[int]) -> bool:
     return math.prod(shape) > CHUNK
 
 
-class WeightGrad(torch.autograd.Function):
-    """Forward: a linear layer's output as it is. Backward: inputs, output's gradient -> compact."""
+class EntryLinear(torch.autograd.Function):
+    """A linear layer that computes the gradient of its weight at the live entries alone.
+
+    Inputs' and compact gradients come at once: an optimizer may step the values, and with them the
+    weight, as soon as they have theirs.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        output: torch.Tensor,
         inputs: torch.Tensor,
-        sidecar: "SubnetLayer",
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        sidecar: Any,
         *values: torch.Tensor,
     ) -> torch.Tensor:
-        """Attach ``values`` to ``output``.
+        """Compute ``inputs @ weight.T + bias``.
 
         Args:
             ctx: Autograd's context.
-            output: (..., rows) of the layer.
-            inputs: (..., cols) of the layer.
-            sidecar: Whose live adapters ``values`` are.
+            inputs: (tokens, cols).
+            weight: (rows, cols), holds ``values``. None: ``sidecar.dense`` makes it, here and again
+                for backward.
+            bias: (rows,) or None.
+            sidecar: The `SubnetLayer` whose live adapters ``values`` are.
             *values: (nnz,) each.
         """
-        ctx.sidecar, ctx.mark = sidecar, sidecar.mark()
-        # Under autocast the layer rounded its inputs to the output's dtype.
-        ctx.save_for_backward(inputs.to(output.dtype))
-        ctx.mark_dirty(output)  # itself, not a view: what follows may work in place
+        dense = sidecar.dense(inputs.dtype) if weight is None else weight
+        output = nn.functional.linear(inputs, dense, bias)
+        ctx.sidecar, ctx.mark, ctx.dtype = sidecar, sidecar.mark(), inputs.dtype
+        learns = any(ctx.needs_input_grad[4:])
+        # Under autocast the product rounded its inputs to the output's dtype.
+        ctx.save_for_backward(inputs.to(output.dtype) if learns else None, weight)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Pass the output's gradient on, and compute the compact ones.
+        """Compute the gradients of inputs, bias and values.
 
         Raises:
             StaleGraphError: The weight holds other values than when the forward pass used it.
         """
         (gradient,) = gradients
-        (inputs,) = ctx.saved_tensors
+        inputs, weight = ctx.saved_tensors
         subnets = ctx.sidecar.recall(ctx.mark)
-        compact = entry_gradients(subnets, ctx.needs_input_grad[3:], gradient, inputs)
-        return gradient, None, None, *compact
+        for_inputs = for_bias = None
+        if ctx.needs_input_grad[0]:
+            dense = ctx.sidecar.dense(ctx.dtype, subnets) if weight is None else weight
+            for_inputs = (gradient @ dense.to(gradient.dtype)).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            for_bias = gradient.sum(0)
+        compact = entry_gradients(subnets, ctx.needs_input_grad[4:], gradient, inputs)
+        return for_inputs, None, for_bias, None, *compact
 
 
 def entry_gradients(
@@ -87,11 +102,12 @@ def entry_gradients(
     Args:
         subnets: The entries.
         needed: Whose gradients are.
-        gradient: (..., rows) of the layer's output.
-        inputs: (..., cols) of the layer, in the same dtype.
+        gradient: (tokens, rows) of the layer's output.
+        inputs: (tokens, cols) of the layer, in the same dtype.
     """
-    dy = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-    x = inputs.reshape(-1, inputs.shape[-1]).contiguous()
+    if not any(needed):
+        return [None] * len(subnets)
+    dy, x = gradient.contiguous(), inputs.contiguous()
 
     def compute(subnet: "Subnet") -> torch.Tensor:
         tiles = partial(subnet.tiles, dy.shape[1], x.shape[1])
@@ -117,7 +133,17 @@ def linear_forward(owner: nn.Linear, inputs: torch.Tensor, sidecar: "SubnetLayer
     weight = owner._parameters["weight"]
     assert weight is not None
     sidecar.check_weight(weight)
-    output = nn.functional.linear(inputs, weight, owner.bias)
+    return run(inputs, weight.data, owner.bias, sidecar)
+
+
+def run(
+    inputs: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sidecar: "SubnetLayer",
+) -> torch.Tensor:
+    """Do `EntryLinear` on inputs of any number of dimensions, with a sidecar's live values."""
     values = [subnet.values for subnet in sidecar.live_subnets]
-    result: torch.Tensor = WeightGrad.apply(output, inputs, sidecar, *values)
-    return result
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    output: torch.Tensor = EntryLinear.apply(flat, weight, bias, sidecar, *values)
+    return output.view(*inputs.shape[:-1], output.shape[-1])  # of no tokens as well

@@ -7,8 +7,9 @@ import torch
 
 from subnet_ft import ops
 from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.linear import run
 from subnet_ft.adapter.quantized import EIGHT_BIT, FOUR_BIT, dequantize, entries_dtype
-from subnet_ft.adapter.quantized_linear import AddedDelta, DequantizedLinear
+from subnet_ft.adapter.quantized_linear import AddedDelta
 from subnet_ft.adapter.subnet import Subnet
 from subnet_ft.adapter.writing import compose, read_entries
 from subnet_kernels.reference_weight_grad import CHUNK
@@ -77,13 +78,9 @@ class FourBitLayer(QuantizedLayer):
         if not owner.compute_type_is_set:
             owner.set_compute_type(inputs)
             owner.compute_type_is_set = True
-        x = inputs.reshape(-1, inputs.shape[-1])
-        if owner.compute_dtype is not None:
-            x = x.to(owner.compute_dtype)
+        x = inputs if owner.compute_dtype is None else inputs.to(owner.compute_dtype)
         bias = None if owner.bias is None else owner.bias.to(x.dtype)
-        values = [subnet.values for subnet in self.live_subnets]
-        output: torch.Tensor = DequantizedLinear.apply(x, bias, self, *values)
-        return output.view(*inputs.shape[:-1], -1).to(inputs.dtype)
+        return run(x, None, bias, self).to(inputs.dtype)
 
 
 class EightBitLayer(QuantizedLayer):

@@ -1,10 +1,10 @@
 """What a quantized linear layer computes under a subnetwork, and how its values get gradients.
 
-Both ways keep no dense weight between forward and backward, and never make its dense gradient.
+Neither kind keeps a dense weight between forward and backward, or makes its dense gradient.
 
-4-bit: the weight is dequantized into a temporary, the values are written over their entries there,
-and the product is a plain one: bit for bit the layer of the merged model. Backward makes the same
-temporary again.
+4-bit (`linear.EntryLinear`): the weight is dequantized into a temporary, the values are written over
+their entries there, and the product is a plain one: bit for bit the merged model's layer. Backward
+makes the same temporary again.
 
 LLM.int8: the layer rounds its inputs to int8 as well. Its own product stays, and what the values
 change is added: y = layer(x) + x @ (values - dequantized).T, some rows of the latter at a time. At
@@ -22,51 +22,6 @@ from subnet_ft.adapter.linear import entry_gradients
 if TYPE_CHECKING:
     from subnet_ft.adapter.layer import SubnetLayer
     from subnet_ft.adapter.quantized_layer import EightBitLayer, QuantizedLayer
-
-
-class DequantizedLinear(torch.autograd.Function):
-    """A linear layer on a dequantized weight that holds the live values."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: torch.Tensor,
-        bias: torch.Tensor | None,
-        sidecar: "QuantizedLayer",
-        *values: torch.Tensor,
-    ) -> torch.Tensor:
-        """Compute ``inputs @ weight.T + bias``.
-
-        Args:
-            ctx: Autograd's context.
-            inputs: (tokens, cols) in the dtype the weight is dequantized to.
-            bias: (rows,) in the same, or None.
-            sidecar: Whose live adapters ``values`` are.
-            *values: (nnz,) each.
-        """
-        output = nn.functional.linear(inputs, sidecar.dense(inputs.dtype), bias)
-        ctx.sidecar, ctx.mark, ctx.dtype = sidecar, sidecar.mark(), inputs.dtype
-        # Under autocast the product rounded its inputs to the output's dtype.
-        ctx.save_for_backward(inputs.to(output.dtype) if any(ctx.needs_input_grad[3:]) else None)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Compute the inputs' gradient and the compact ones.
-
-        Raises:
-            StaleGraphError: The layer holds other values than when the forward pass used it.
-        """
-        (gradient,) = gradients
-        subnets = ctx.sidecar.recall(ctx.mark)
-        for_inputs = for_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = ctx.sidecar.dense(ctx.dtype, subnets).to(gradient.dtype)
-            for_inputs = (gradient @ weight).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            for_bias = gradient.sum(0)
-        compact = entry_gradients(subnets, ctx.needs_input_grad[3:], gradient, *ctx.saved_tensors)
-        return for_inputs, for_bias, None, *compact
 
 
 class AddedDelta(torch.autograd.Function):
