@@ -16,6 +16,8 @@ Advantages are whitened, as the authors' code does. See `sum_task.py` for the ta
 line:
 
     Held-out sums exact: <share> before, <share> after; <seconds> s; summary.json in <folder>.
+
+Measured (the first command, 7 CPU minutes): 52% before, 82% after, of 100.
 """
 
 import random
