@@ -85,7 +85,7 @@ def parse_options() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--mask", type=Path, help="mask file; without it everything is trained")
     which.add_argument("--lora", action="store_true", help="LoRA, rank 16, all linear layers")
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
