@@ -10,7 +10,7 @@ follow at that: held-out problems take no part in the choice. A choice at the en
 marked. Beside them, outside the comparison: the mask at the full run's learning rate.
 
 Runs that already lie under runs/rl_task are not made again. Writes benchmarks/results/rl_task.json
-and benchmarks/figures/rl_task.png. Alone on two cores a run should take two to three minutes.
+and benchmarks/figures/rl_task.png. With a core to itself a run takes three and a half minutes.
 """
 
 import argparse

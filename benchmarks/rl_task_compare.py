@@ -126,6 +126,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     heldout.axvspan(*base["wilson"], color="black", alpha=0.08, label="its 95% over problems")
     curves.set(xlabel="step", ylabel=f"training reward, mean of {WINDOW} steps, a line a seed")
     heldout.set(xlabel=f"held-out, exact, {summary['heldout_problems']} problems; bar: mean")
+    heldout.margins(y=0.2)
     heldout.invert_yaxis()
     curves.legend(fontsize=8)
     heldout.legend(fontsize=8)
