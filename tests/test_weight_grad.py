@@ -38,7 +38,11 @@ def operands(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Ten
 def test_against_the_dense_gradient(
     shape: tuple[int, int, int], keep: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most the dense gradient's own error, but for one rounding of the largest entry."""
+    """At most the dense gradient's own error, but for a rounding and a sum in another order.
+
+    Of n products an fp32 sum's error grows as sqrt(n) roundings, if they are summed one by one, as
+    some processors' matrix libraries do for narrow matrices, others' not.
+    """
     monkeypatch.setattr(reference_weight_grad, "CHUNK", 3 * shape[2])  # many chunks
     dy, x = operands(shape, dtype)
     numel = shape[1] * shape[2]
@@ -46,7 +50,8 @@ def test_against_the_dense_gradient(
     truth = (dy.double().t() @ x.double()).flatten()[indices]
     dense = (dy.t() @ x).flatten()[indices].double()
     found = twins.weight_grad(dy, x, indices, torch.full((indices.numel(),), torch.nan))
-    tolerance = torch.finfo(dtype).eps * truth.abs().max()
+    sum_error = torch.finfo(torch.float32).eps * shape[0] ** 0.5
+    tolerance = (torch.finfo(dtype).eps + sum_error) * truth.abs().max()
     assert (found.double() - truth).abs().max() <= (dense - truth).abs().max() + tolerance
     twice = twins.weight_grad(dy, x, indices, found.clone(), accumulate=True)
     torch.testing.assert_close(twice, 2 * found)
