@@ -1,12 +1,14 @@
 """SubnetDiscoveryCallback: the first steps of a run find the mask that the rest of it trains.
 
-For a machine too small for full finetuning. While the mask is looked for, every gradient is added
-to a sum as backward completes it, and dropped: one dense gradient exists at a time, no optimizer
-state at all. The sums take as much as the weights they are of, in their dtype, as accumulated
-gradients do. The entries with the largest |sum| of each parameter become the mask: those that one
-SGD step over all of the batches moves furthest. The weights stay the base's meanwhile. Letting SGD
-move them, for a copy of the base, found no better masks (``benchmarks/discovery.py``), and at a
-learning rate made for AdamW it moves next to nothing.
+For a machine too small for full finetuning. While the mask is looked for, signSGD moves every
+targeted weight. As backward completes a gradient its signs are counted and it is dropped: one dense
+gradient exists at a time, and no optimizer state. What is kept beside the weights is the base and
+one byte an entry. Those that moved furthest become the mask; they go on from where they are, and
+everything else returns to the base.
+
+Why signs: plain SGD, and sums of gradients, concentrate in the rows and columns where gradients
+are large, and AdamW does not. ``benchmarks/discovery.py`` compares what the rest of a run makes of
+each.
 
 The adapter has its final size from the start, at entries that do not matter yet. So the Trainer's
 optimizer and scheduler are made once, over the parameters that they keep.
@@ -33,25 +35,27 @@ from subnet_ft.callback import SubnetCallback
 from subnet_ft.errors import ConfigError
 from subnet_ft.mask import SubnetMask
 from subnet_ft.meter import SubnetMeterCallback, add_to_logs
-from subnet_ft.selectors import largest_entries
+from subnet_ft.sign_sgd import SignSGD
 
 logger = logging.getLogger(__name__)
 
 MASK_FILE = "mask.safetensors"
+_WHICH = ("include", "exclude")  # options that say where to look, and nothing to a mask
 
 
 class SubnetDiscoveryCallback(SubnetCallback):
     """A `SubnetCallback` without a mask: the run's first steps find one, and the rest trains it.
 
-    The mask is written to ``output_dir/mask.safetensors``. Until it is known no checkpoint is saved
-    and ``grad_norm`` is 0, since nothing is stepped: clipping does nothing, and gradients may be
-    accumulated. A checkpoint of later resumes as any does, with that file beside it. Logs show the
-    storages of both phases: ``subnet_bytes_discovery_*`` and ``subnet_bytes_masked_*`` for weights,
-    gradients, optimizer and the sums.
+    The mask is written to ``output_dir/mask.safetensors``. Until it is known no checkpoint is
+    saved, clipping does nothing and ``grad_norm`` is 0. A checkpoint of later resumes as any does,
+    with that file beside it. Logs show the storages of both phases, ``subnet_bytes_discovery_*``
+    and ``subnet_bytes_masked_*``: weights, gradients, optimizer state, and what discovery keeps.
 
     Args:
         steps: How many optimizer steps to look for; below 1, a share of the run's.
         keep: Share of every targeted parameter's entries to train.
+        learning_rate: Of those steps, without a schedule: one for full finetuning. Default: a tenth
+            of the run's, which is a subnetwork's.
         save_merged: As in `SubnetCallback`.
         **options: Of `SubnetConfig`: ``include`` and ``exclude`` (default: the linear layers),
             ``values_dtype``, ``clip``, ``weight_grad``.
@@ -69,6 +73,7 @@ class SubnetDiscoveryCallback(SubnetCallback):
         steps: float,
         *,
         keep: float = 0.02,
+        learning_rate: float | None = None,
         save_merged: str | PathLike[str] | None = None,
         **options: Any,
     ) -> None:
@@ -81,25 +86,28 @@ class SubnetDiscoveryCallback(SubnetCallback):
                 "SubnetDiscoveryCallback: expected to find a mask itself, found mask, selector, "
                 "density or seed; use keep=, or SubnetCallback"
             )
+        if learning_rate is not None and not 0 < learning_rate < math.inf:
+            raise ConfigError(f"learning_rate: expected one above 0, found {learning_rate}")
         super().__init__(SubnetConfig(density=keep, **options), save_merged=save_merged)
         self.steps, self.keep, self.options = steps, keep, options
+        self.learning_rate = learning_rate
         self.discovering = True
         self._last = 0
-        self._gradient_sums: dict[str, torch.Tensor] = {}
+        self._moving: dict[str, SignSGD] = {}
         self._bytes: dict[str, int] = {}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach an adapter of the final size, and watch every gradient.
+        """Attach an adapter of the final size.
 
         Raises:
-            ConfigError: As for `SubnetCallback`, or gradients that cannot be summed: of several
-                processes, scaled (fp16), or inside a compiled graph.
+            ConfigError: As for `SubnetCallback`, or gradients that cannot be taken: of several
+                processes, of fp16 (its scaler needs them), or inside a compiled graph.
         """
         for found, reason in (
             (args.world_size > 1 or args.n_gpu > 1, f"{args.world_size} processes or several GPUs"),
-            (args.fp16, "fp16=True, whose gradients are scaled; use bf16=True"),
+            (args.fp16, "fp16=True, whose scaler needs them; use bf16=True"),
             (args.torch_compile, "torch_compile=True, whose graphs keep their gradients"),
         ):
             if found:
@@ -114,13 +122,12 @@ class SubnetDiscoveryCallback(SubnetCallback):
         self.config = SubnetConfig(mask=SubnetMask(first, shapes), **rest)
         super().on_init_end(args, state, control, **kwargs)
         self._mask_path = Path(args.output_dir) / MASK_FILE
-        self._watch(model)
         model.register_load_state_dict_pre_hook(self._adopt_saved)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Settle when to stop looking.
+        """Settle when to stop looking, and start.
 
         Raises:
             ConfigError: The run is over by then.
@@ -134,13 +141,20 @@ class SubnetDiscoveryCallback(SubnetCallback):
             )
         super().on_train_begin(args, state, control, **kwargs)
         if self.discovering:
-            self._meter = None  # nothing moves yet
+            self._meter = None  # the values do not move yet
+            rate = self.learning_rate or args.learning_rate / 10
+            for layer in sidecar_layers(kwargs["model"]):
+                (subnet,) = layer.subnets()
+                sgd = SignSGD(layer.weight.data, rate / args.gradient_accumulation_steps)
+                self._moving[layer.name], subnet.scout = sgd, sgd.count
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note what is stored, in the last step without the mask and in the first one with it."""
+        """Move the weights; note what is stored in the last step without the mask and after it."""
         super().on_optimizer_step(args, state, control, **kwargs)
+        for sgd in self._moving.values():
+            sgd.move()
         if state.global_step + 1 in (self._last, self._last + 1):
             phase = "discovery" if self.discovering else "masked"
             stored = self._stored(kwargs["model"], kwargs["optimizer"])
@@ -176,38 +190,47 @@ class SubnetDiscoveryCallback(SubnetCallback):
         add_to_logs(state, kwargs.get("logs"), self._bytes)
         self._bytes = {}
 
-    def _watch(self, model: nn.Module) -> None:
-        for layer in sidecar_layers(model):
-            total = self._gradient_sums[layer.name] = torch.zeros_like(layer.weight.data)
-            for subnet in layer.subnets():
-                subnet.scout = total.add_
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do what `SubnetCallback` does; a run that was ended too soon leaves the base behind."""
+        if self.discovering:
+            logger.warning("training ended before a mask was found: the weights are the base's")
+            for sgd in self._moving.values():
+                sgd.undo()
+            self._stop_watching(kwargs["model"])
+        super().on_train_end(args, state, control, **kwargs)
 
     def _decide(self, model: nn.Module) -> None:
-        """Make the entries with the largest sums the adapter's, one parameter at a time.
+        """Make the entries that moved furthest the adapter's, one parameter at a time.
 
         Raises:
             ConfigError: A gradient was not finite.
         """
+        generator = torch.Generator().manual_seed(0)
         for layer in sidecar_layers(model):
-            total = self._gradient_sums.pop(layer.name)
-            if not total.isfinite().all():
+            sgd = self._moving.pop(layer.name)
+            if not sgd.finite():
                 raise ConfigError(
                     f"{layer.name}: expected finite gradients, found others while looking for a "
                     "mask; the loss diverged or the data is damaged"
                 )
+            sgd.undo()
             (subnet,) = layer.subnets()
-            indices = largest_entries(total, subnet.indices.numel())
+            indices = sgd.furthest(subnet.indices.numel(), generator)
             subnet.reseat(indices, read_entries(layer.weight.data, indices))
+            subnet.values.data.add_(sgd.drift(indices))
+            layer.flush()
         self._stop_watching(model)
         self.config._source = {
             "base_model": self.config.base_model_name_or_path or "",
             "rule": f"largest:{self.keep:g}",
-            "source": f"gradients of {self._last} steps",
+            "source": f"signSGD, {self._last} steps",
         }
 
     def _stop_watching(self, model: nn.Module) -> None:
         self.discovering = False
-        self._gradient_sums = {}
+        self._moving = {}
         for layer in sidecar_layers(model):
             for subnet in layer.subnets():
                 subnet.scout = None
@@ -256,11 +279,8 @@ class SubnetDiscoveryCallback(SubnetCallback):
             "weights": _nbytes([*model.parameters(), *model.buffers()]),
             "gradients": _nbytes(gradients),
             "optimizer": _nbytes(state),
-            "sums": _nbytes(self._gradient_sums.values()),
+            "kept": _nbytes(t for s in self._moving.values() for t in (s.base, s.votes)),
         }
-
-
-_WHICH = ("include", "exclude")
 
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:

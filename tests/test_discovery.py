@@ -15,10 +15,11 @@ from subnet_ft.adapter.drift import off_mask_sums
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.errors import ConfigError, MaskMismatchError
 from subnet_ft.selectors import largest_entries
+from subnet_ft.sign_sgd import SignSGD
 from tests.helpers import assert_off_mask_untouched, assert_same_bits, snapshot, tiny_llama
 from tests.training_helpers import arguments, stock_trainer, text_dataset, tiny_tokenizer
 
-KEEP = 0.1
+KEEP, RATE = 0.1, 2e-3
 
 
 def test_largest_entries_and_ties() -> None:
@@ -50,44 +51,81 @@ class Watch(TrainerCallback):
         self.states: list[int] = []
         self.gradients: list[bool] = []
         self.groups: list[list[int]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_optimizer_step(self, args, state, control, model, optimizer, **kwargs) -> None:
         self.states.append(len(optimizer.state))
         self.gradients.append(any(p.grad is not None for p in model.parameters()))
         self.groups.append([id(p) for group in optimizer.param_groups for p in group["params"]])
 
+    def on_step_end(self, args, state, control, model, **kwargs) -> None:
+        self.weights.append({n: w for n, w in snapshot(model).items() if "subnet_ft" not in n})
+
 
 @pytest.mark.parametrize("make", [stock_trainer, sft_trainer])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_finds_the_largest_sums_and_trains_them_alone(
+def test_signs_choose_the_mask_and_the_rest_trains_it_alone(
     make: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, watch = tiny_llama(dtype), Watch()
     base = snapshot(model)
-    callback = SubnetDiscoveryCallback(2, keep=KEEP)
-    trainer = make(model, arguments(tmp_path, max_steps=4), [callback, watch])
-
+    callback = SubnetDiscoveryCallback(3, keep=KEEP, learning_rate=RATE)
+    trainer = make(model, arguments(tmp_path, max_steps=5), [callback, watch])
     batches: list[dict[str, Any]] = []
     model.register_forward_pre_hook(lambda _, __, kw: batches.append(dict(kw)), with_kwargs=True)
     trainer.train()
     mask = SubnetMask.load(tmp_path / "mask.safetensors")
     assert set(mask) == {n for n in base if "_proj.weight" in n}
 
-    dense = tiny_llama(dtype)  # the same batches, their gradients summed by torch
-    for batch in batches[:2]:
+    dense = tiny_llama(dtype)  # the same batches, in full
+    votes = {name: torch.zeros(base[name].shape) for name in mask}
+    for batch in batches[:3]:
         dense(**batch).loss.backward()
+        for name in mask:
+            weight = dense.get_parameter(name)
+            votes[name] += weight.grad.sign().float()
+            weight.data.copy_(base[name].float() - RATE * votes[name])
+        dense.zero_grad()
+        if batch is batches[1]:
+            for name in mask:
+                assert_same_bits(watch.weights[1][name], dense.get_parameter(name).data, name)
+    switched = watch.weights[2]
+    assert_off_mask_untouched(base, switched, mask)
     for name in mask:
-        gradient = dense.get_parameter(name).grad
-        expected = largest_entries(gradient, round(KEEP * gradient.numel()))
-        assert torch.equal(mask[name].long(), expected), name
+        assert len(mask[name]) == round(KEEP * base[name].numel())
+        chosen = mask[name].long()
+        far = votes[name].abs().flatten()
+        rest = torch.ones(far.numel(), dtype=torch.bool).index_fill(0, chosen, False)
+        assert far[chosen].min() >= far[rest].max()
+        kept, moved = switched[name].flatten()[chosen], dense.get_parameter(name).flatten()[chosen]
+        assert_same_bits(kept, moved.detach(), name)
 
-    trained = {n: w for n, w in snapshot(model).items() if n in base}
+    trained = watch.weights[-1]
     assert_off_mask_untouched(base, trained, mask)
-    assert all((trained[name] != base[name]).any() for name in mask)
-    assert watch.states == [0, 0, len(mask), len(mask)]
-    assert watch.gradients == [False, False, True, True]
-    assert watch.groups.count(watch.groups[0]) == 4 and len(watch.groups[0]) == len(mask)
-    assert not callback.discovering and not callback._gradient_sums
+    assert all((trained[name] != switched[name]).any() for name in mask)
+    assert watch.states == [0, 0, 0, len(mask), len(mask)]
+    assert watch.gradients == [False, False, False, True, True]
+    assert watch.groups.count(watch.groups[0]) == 5 and len(watch.groups[0]) == len(mask)
+    assert not callback.discovering and not callback._moving
+
+
+def test_votes_saturate_and_ties_are_drawn() -> None:
+    weight = torch.zeros(2, 500, dtype=torch.bfloat16)
+    sgd = SignSGD(weight, 2.0**-12)
+    signs = torch.tensor([[1.0], [-1.0]]).expand_as(weight)
+    for _ in range(130):
+        sgd.count(signs * 1e-20)
+    assert sgd.votes[0].eq(127).all() and sgd.votes[1].eq(-127).all() and sgd.finite()
+    sgd.count(-signs)
+    sgd.move()
+    assert weight[0].eq(-126 * 2.0**-12).all() and weight[1].eq(126 * 2.0**-12).all()
+    chosen = sgd.furthest(100, torch.Generator().manual_seed(0))
+    assert 30 < (chosen < 500).sum() < 70
+    assert sgd.drift(chosen[:1]).tolist() == [-126 * 2.0**-12]
+    sgd.undo()
+    assert not weight.any()
+    sgd.count(torch.full_like(weight, float("inf")))
+    assert not sgd.finite()
 
 
 def test_logs_show_what_is_stored(tmp_path: Path) -> None:
@@ -107,12 +145,12 @@ def test_logs_show_what_is_stored(tmp_path: Path) -> None:
         }
         for step, phase in ((2, "discovery"), (3, "masked"))
     )
-    assert before["sums"] == targeted and before["optimizer"] == before["gradients"] == 0
+    assert before["kept"] == targeted * 3 // 2 and before["optimizer"] == before["gradients"] == 0
     nnz = sum(s.indices.numel() for la in sidecar_layers(model) for s in la.subnets())
-    assert after["sums"] == 0 and after["gradients"] == 4 * nnz
+    assert after["kept"] == 0 and after["gradients"] == 4 * nnz
     assert 8 * nnz <= after["optimizer"] < 8 * nnz + 1000
     assert weights + 14 * nnz <= before["weights"] == after["weights"] < weights + 14 * nnz + 1000
-    assert "subnet_bytes_discovery_sums" not in logs[1] | logs[4]
+    assert "subnet_bytes_discovery_kept" not in logs[1] | logs[4]
     assert "subnet_flipped" not in logs[1] and logs[4]["subnet_flipped"] > 0
 
 
@@ -160,9 +198,25 @@ def test_no_checkpoint_before_the_mask(tmp_path: Path, caplog: pytest.LogCapture
     assert {p.name for p in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 3, 4)}
     assert caplog.text.count("no checkpoint at step 1: the mask is not known before step 2") == 1
     adapter = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-2")
-    for name, weight in snapshot(adapter.get_base_model()).items():
-        if "subnet_ft" not in name:
-            assert_same_bits(weight, tiny_llama().get_parameter(name).detach(), name)
+    mask = SubnetMask.load(tmp_path / "mask.safetensors")
+    saved = snapshot(adapter.get_base_model())
+    assert_off_mask_untouched(snapshot(tiny_llama()), saved, mask)
+
+
+def test_a_run_ended_too_soon_leaves_the_base(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+            return control
+
+    model = tiny_llama()
+    trainer = stock_trainer(model, arguments(tmp_path), [SubnetDiscoveryCallback(3), Stop()])
+    trainer.train()
+    assert trainer.state.global_step == 1 and "ended before a mask was found" in caplog.text
+    for name, weight in snapshot(tiny_llama()).items():
+        assert_same_bits(weight, model.get_parameter(name).detach(), name)
 
 
 def test_accumulated_compact_and_bf16(tmp_path: Path) -> None:
@@ -193,6 +247,7 @@ def test_accumulated_compact_and_bf16(tmp_path: Path) -> None:
         (lambda: SubnetDiscoveryCallback(0), "a number of steps, or a share"),
         (lambda: SubnetDiscoveryCallback(2.5), "a number of steps, or a share"),
         (lambda: SubnetDiscoveryCallback(2, keep=2), "density: expected a share"),
+        (lambda: SubnetDiscoveryCallback(2, learning_rate=0), "learning_rate: expected"),
         (lambda: SubnetDiscoveryCallback(2, mask="m"), "to find a mask itself"),
         (lambda: SubnetDiscoveryCallback(2, include="nothing"), "nothing"),
     ],
@@ -202,7 +257,7 @@ def test_bad_options(make: Any, message: str, tmp_path: Path) -> None:
         stock_trainer(tiny_llama(), arguments(tmp_path), [make()])
 
 
-def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
+def test_what_gives_no_gradients_is_refused(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     for field, value in (("fp16", True), ("torch_compile", True)):
         model = tiny_llama()

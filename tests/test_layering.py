@@ -22,6 +22,7 @@ ORDER = [
     {"checkpoints"},
     {"ops"},
     {"extract", "merge", "selectors"},
+    {"sign_sgd"},
     {"analysis"},
     {"adapter"},
     {"gradient_release"},
