@@ -67,7 +67,8 @@ class SubnetMeter:
         Returns:
             ``subnet_grad_share``: share of the gradient's squared norm, over the masked parameters,
             that is inside the mask; summed over micro-batches and over the uses of a parameter.
-            Absent where there is no dense gradient (``weight_grad="compact"`` or ``"auto"``).
+            Absent where a layer has no dense gradient (``weight_grad="compact"`` or ``"auto"``, a
+            quantized base).
             ``subnet_flipped``: how many values this step changed in bf16 (fp16 on an fp16 base).
             ``subnet_flipped_so_far``: how many differ there from the base's.
             ``subnet_never_moved``: the share that does not; one that has returned counts as well.
@@ -128,8 +129,8 @@ class SubnetMeterCallback(TrainerCallback):
         self._meter = SubnetMeter(kwargs["model"])
         if not self._meter.sees_gradients and args.logging_strategy != IntervalStrategy.NO:
             logger.warning(
-                'subnet_grad_share is not logged: with weight_grad="compact" or "auto" there is no '
-                "dense gradient to compare with"
+                'subnet_grad_share is not logged: with weight_grad="compact" or "auto", and on a '
+                "quantized base, there is no dense gradient to compare with"
             )
 
     def on_step_begin(
