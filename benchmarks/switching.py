@@ -4,20 +4,23 @@
 
 SmolLM2-135M's shapes with random weights, in fp32 and bf16. Ours: two adapters of 5% of the linear
 layers. LoRA: two of rank 16 on the same layers. The bare model has the weights of ours with the
-adapter live. All live in one process and take turns; a ratio is the median over rounds of that
-round's ratio, with its range beside it.
+adapter live. All live in one process and take turns in random order; a ratio is the median over
+rounds of that round's ratio, with its range beside it.
 
 Switching: `set_adapter` to the other one and `disable_adapter` there and back, against LoRA's
 `merge_adapter` and `unmerge_adapter`, and against the same verbs of unmerged LoRA, which only set
 flags and pay in every forward pass. What either leaves of the weights is compared as integers.
-Generation: greedy, with a cache. Forward: 512 tokens, without gradients and with. A second bare
-model stands beside the first there: what lies elsewhere in memory takes another time.
+Forward: 512 tokens, without gradients and with. Generation: greedy, with a cache. Beside the bare
+model stands the same with frozen weights, as those under adapters are: of a prompt's last position
+torch makes a slower product (bmm, not mm) unless the head's weight requires gradients.
 
 Writes benchmarks/results/switching.json and prints a table.
 """
 
 import copy
 import json
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -47,6 +50,8 @@ Seconds = dict[str, list[float]]
 
 def main() -> None:
     """Measure, write the file, print the table."""
+    # Others' work on the same machine moves all contenders' times, and their ratios less.
+    state = machine() | {"threads": torch.get_num_threads(), "load before": os.getloadavg()[0]}
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     with Progress() as progress:
@@ -62,8 +67,8 @@ def main() -> None:
                 rows += summary(measure.__name__, name, seconds, reference)
                 facts[f"{measure.__name__}, {name}"] = found
                 progress.advance(task)
-    report = {"machine": machine() | {"threads": torch.get_num_threads()}, "rows": rows}
-    RESULTS.write_text(json.dumps(report | {"facts": facts}, indent=2) + "\n")
+    report = {"machine": state, "rows": rows, "facts": facts}
+    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
     table = Table("what", "weights", "who", "ms", "ratio", "range", "to")
     for row in rows:
         low, high = row["ratio_range"]
@@ -177,20 +182,26 @@ def forward(ours: peft.PeftModel, lora: peft.PeftModel) -> tuple[Seconds, dict[s
 
     seconds = {}
     for gradients, label in ((False, "no gradients"), (True, "gradients")):
+        names = [name for name in models if not (gradients and name == "bare, frozen")]
         seconds |= in_turn(
-            {f"{name}, {label}": lambda n=name, g=gradients: run(n, g) for name in models}, PAIRS
+            {f"{name}, {label}": lambda n=name, g=gradients: run(n, g) for name in names}, PAIRS
         )
     same = all(torch.equal(logits["bare", g], logits["ours", g]) for g in (False, True))
     return seconds, {"logits equal the bare model's": same}
 
 
 def contenders(ours: peft.PeftModel, lora: peft.PeftModel) -> dict[str, nn.Module]:
-    """Both, and two models without adapters that have the weights of ours."""
+    """Both, and two models without adapters that have the weights of ours, one of them frozen."""
     weights = copy.deepcopy(ours).merge_and_unload().state_dict()
     bare = [base(ours.dtype) for _ in range(2)]
     for model in bare:
         model.load_state_dict(weights)
-    return {"bare": bare[0], "bare, again": bare[1], "ours": ours, "LoRA": lora}
+    return {
+        "bare": bare[0],
+        "bare, frozen": bare[1].requires_grad_(False),
+        "ours": ours,
+        "LoRA": lora,
+    }
 
 
 def other(model: peft.PeftModel) -> None:
@@ -214,12 +225,15 @@ def ids(length: int) -> torch.Tensor:
 
 
 def in_turn(functions: dict[str, Callable[[], Any]], rounds: int) -> Seconds:
-    """Call each once a round; return what each took, without the first rounds."""
+    """Call each once a round, in any order; return what each took, without the first rounds."""
     seconds: Seconds = {name: [] for name in functions}
+    shuffle = random.Random(0).shuffle  # whoever ran before leaves its own weights in the caches
+    order = list(functions)
     for _ in range(WARMUP + rounds):
-        for name, function in functions.items():
+        shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            function()
+            functions[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: taken[WARMUP:] for name, taken in seconds.items()}
 

