@@ -13,7 +13,7 @@ every mask has 2% of each linear layer:
 - SGD: the largest drift of plain SGD at a rate of 0.1 over those 20 steps, where training goes on
   from the base, or ("kept") from where SGD left the entries.
 
-Each gets three learning rates at seed 0; the one with the lowest training loss over the last 20
+Each gets four learning rates at seed 0; the one with the lowest training loss over the last 20
 steps is its own, and the other seeds follow at that. Held-out loss takes no part in it. Beside the
 losses: how many entries of the three kinds of masks are among the prior's, where 2% is chance.
 
@@ -52,9 +52,9 @@ RESULTS = Path(__file__).parent / "results" / "discovery.json"
 SEEDS = (0, 1, 2)
 STEPS, FIND, BATCH, KEEP, LAST = 200, 20, 16, 0.02, 20
 SGD, SIGNS = (0.01, 0.1, 0.5), (1e-4, 4e-4, 1e-3, 1.6e-3)
-MASKED = (4e-3, 1.6e-2, 6.4e-2)
+MASKED = (4e-3, 1.6e-2, 6.4e-2, 0.256)
 LEARNING_RATES: dict[str, tuple[float, ...]] = {
-    "full": (5e-4, 1e-3, 2e-3),
+    "full": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "random": MASKED,
     "prior": MASKED,
     "found": MASKED,
