@@ -36,7 +36,7 @@ from benchmarks.optimizer import machine, smollm2
 from subnet_ft import SubnetAdamW, SubnetConfig
 
 RESULTS = Path(__file__).parent / "results" / "quantized.json"
-ROUNDS, WARMUP = 11, 2
+ROUNDS, WARMUP = 21, 2
 ROWS, LENGTH = 4, 128
 SMALL = {"state_bits": 8, "master": "residual"}
 BASES = {
