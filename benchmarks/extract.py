@@ -1,12 +1,24 @@
-"""How fast, and in how much memory, does extraction run against the paper's own script?
+"""How fast is extraction, and in what memory, against the paper's script and a plain read?
 
-The baseline does what the script of arXiv 2505.11711 does: load both models in bf16 with
-transformers, subtract, concatenate all deltas, count exact zeros and values within 1e-5 of zero.
-Each run is a process of its own, imports included, in turn with the other; the median counts. The
-run stops without a result where the counts of the two differ.
+    python -m benchmarks.extract                            # pairs of 0.3, 1.3, 4 and 14 GB a side
+    python -m benchmarks.extract --sizes 0.3                # some of them
+    python -m benchmarks.extract --pair base tuned          # and a pair of yours, first
 
-    python -m benchmarks.extract                       # a synthetic pair of 1.1 GB a side
-    python -m benchmarks.extract --pair base tuned     # and a pair of yours
+The pairs are Llamas in bf16 shards, the largest of Llama-2-7B's shapes; a random block, repeated,
+fills them, and 12% of the tuned side differs. They need 28 GB of disk in all, one at a time.
+
+The script's equivalent does what the script of arXiv 2505.11711 does: load both models in bf16 with
+transformers, subtract, concatenate all deltas, count exact zeros and values within 1e-5 of zero. It
+runs where its memory, by what it took at the size before, fits the machine; what is left out is
+named with its reason. A plain read is one thread's, of all files, 16 MB at a time.
+
+Each run is a process of its own, imports included, in turn with the others; the median counts.
+"warm": the files are in the page cache, where both sides fit. "cold": they were dropped from it
+before each run (a virtual machine's host may still hold them); what each process fetched from disk,
+by the kernel's account, is beside its time. The measurement stops without a result where counts
+differ: ours, the script's, and those the pair was made with.
+
+Writes benchmarks/results/extract.json and prints tables.
 """
 
 from __future__ import annotations
@@ -20,13 +32,37 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks.common import fit, fits_table
+
 RESULTS = Path(__file__).parent / "results" / "extract.json"
 REPEATS = 3
-BASELINE = """
+CHANGED = 0.12
+SHARD = 2_000_000_000
+BLOCK = 1 << 24
+ROOM = 0.85  # of the free memory
+SCRIPT_RATIO = 10.0  # peak over a side's bytes until measured: models, differences, isclose's own
+SIZES: dict[str, dict[str, Any]] = {
+    "0.3": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+            "tie_word_embeddings": True},
+    "1.3": {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 16,
+            "num_attention_heads": 24, "num_key_value_heads": 24, "vocab_size": 32000,
+            "tie_word_embeddings": True},
+    "4": {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 24,
+          "num_attention_heads": 20, "num_key_value_heads": 20, "vocab_size": 32000,
+          "tie_word_embeddings": False},
+    "14": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+           "tie_word_embeddings": False},
+}  # fmt: skip
+SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 base, tuned = (
@@ -38,21 +74,33 @@ exact = int((deltas == 0).sum())
 within = int(torch.isclose(deltas, torch.zeros_like(deltas), atol=1e-5).sum())
 print(deltas.numel() - exact, deltas.numel() - within, deltas.numel())
 """
-# In a process of its own: a process starts with its parent's peak memory as its own.
-SYNTHETIC = """
-import json, sys
+READ = """
+import sys
 from pathlib import Path
-from benchmarks.extract import write_synthetic_pair
-write_synthetic_pair(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+buffer = memoryview(bytearray(1 << 24))
+for folder in sys.argv[1:]:
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 """
 OURS = "import sys; from subnet_ft.cli.main import app; app(sys.argv[1:])"
+# In a process of its own: a process starts with its parent's peak memory as its own.
+WRITE = """
+import json, sys
+from pathlib import Path
+from transformers import LlamaConfig
+from benchmarks.extract import write_pair
+print(json.dumps(write_pair(Path(sys.argv[1]), LlamaConfig(**json.loads(sys.argv[2])))))
+"""
+Run = dict[str, Any]
 
 
-def measure(code: str, *arguments: object) -> dict[str, Any]:
+def measure(code: str, *arguments: object) -> Run:
     """Run Python code in its own process.
 
     Returns:
-        `seconds`, `peak_bytes` (of resident memory) and `stdout`.
+        `seconds`, `peak_bytes` (of resident memory), `disk_bytes` (fetched from disk) and `stdout`.
 
     Raises:
         RuntimeError: it failed.
@@ -72,11 +120,12 @@ def measure(code: str, *arguments: object) -> dict[str, Any]:
         return {
             "seconds": seconds,
             "peak_bytes": usage.ru_maxrss * 1024,
+            "disk_bytes": usage.ru_inblock * 512,
             "stdout": stdout.read(),
         }
 
 
-def ours(base: Path, tuned: Path, folder: Path) -> dict[str, Any]:
+def ours(base: Path, tuned: Path, folder: Path) -> Run:
     """Measure `subnet-ft extract`; adds `counts`: bitwise, beyond 1e-5, all."""
     output = folder / "mask.safetensors"
     result = measure(OURS, "extract", base, tuned, "-o", output, "--overwrite", "--json")
@@ -85,114 +134,175 @@ def ours(base: Path, tuned: Path, folder: Path) -> dict[str, Any]:
     return {**result, "counts": [changed["bitwise"], changed["abs:1e-5"], printed["numel"]]}
 
 
-def baseline(base: Path, tuned: Path) -> dict[str, Any]:
+def script(base: Path, tuned: Path) -> Run:
     """Measure the equivalent of the paper's script; adds `counts` as `ours` does."""
-    result = measure(BASELINE, base, tuned)
+    result = measure(SCRIPT, base, tuned)
     return {**result, "counts": [int(word) for word in result.pop("stdout").split()]}
 
 
-def compare(label: str, base: Path, tuned: Path, folder: Path) -> dict[str, Any]:
-    """Run both in turn.
+def read(base: Path, tuned: Path) -> Run:
+    """Measure a plain read of the files."""
+    result = measure(READ, base, tuned)
+    result.pop("stdout")
+    return result
+
+
+def drop_cache(*folders: Path) -> None:
+    """Have the kernel forget the pages of the weight files."""
+    for path in (file for folder in folders for file in weight_files(folder)):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # dirty pages stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(
+    label: str,
+    base: Path,
+    tuned: Path,
+    folder: Path,
+    counts: list[int] | None = None,
+    script_ratio: float = SCRIPT_RATIO,
+    tell: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """Measure one pair, warm and cold.
+
+    Args:
+        label: What the pair is called.
+        base: The base's directory.
+        tuned: The tuned side's.
+        folder: Where the mask goes.
+        counts: What the pair was made with, if known.
+        script_ratio: The script's peak memory over a side's bytes, from what was measured before.
+        tell: Told what runs.
 
     Raises:
-        RuntimeError: their counts differ.
+        RuntimeError: counts differ.
     """
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "baseline": []}
-    for _ in range(REPEATS):
-        runs["ours"].append(ours(base, tuned, folder))
-        runs["baseline"].append(baseline(base, tuned))
-    counts = [run["counts"] for side in runs.values() for run in side]
-    if any(count != counts[0] for count in counts):
-        raise RuntimeError(f"{label}: counts differ: {counts}")
-    row: dict[str, Any] = {"pair": label, "bytes_a_side": weight_bytes(base)}
-    row["changed_bitwise"], row["changed_1e-5"], row["numel"] = counts[0]
-    for side, results in runs.items():
-        row[f"{side}_seconds"] = statistics.median(run["seconds"] for run in results)
-        row[f"{side}_all_seconds"] = [run["seconds"] for run in results]
-        row[f"{side}_peak_bytes"] = statistics.median(run["peak_bytes"] for run in results)
-    row["times_faster"] = row["baseline_seconds"] / row["ours_seconds"]
-    row["share_of_memory"] = row["ours_peak_bytes"] / row["baseline_peak_bytes"]
+    size, free = weight_bytes(base), psutil.virtual_memory().available * ROOM
+    both = size + weight_bytes(tuned)
+    left_out = {}
+    if both > free:
+        left_out["warm"] = f"both sides are {both / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    if script_ratio * size > free:
+        left_out["script"] = (
+            f"it takes about {script_ratio:.1f} times a side's bytes, here "
+            f"{script_ratio * size / 1e9:.0f} GB; {free / 1e9:.1f} GB are free"
+        )
+    row: dict[str, Any] = {"pair": label, "bytes_a_side": size}
+    row |= {"warm": None, "cold": None, "left_out": left_out}
+    for cache in ("warm", "cold"):
+        if cache in left_out:
+            continue
+        contestants: dict[str, Callable[[], Run]] = {
+            "ours": lambda: ours(base, tuned, folder),
+            "read": lambda: read(base, tuned),
+        }
+        if cache == "warm":
+            read(base, tuned)
+            if "script" not in left_out:
+                contestants["script"] = lambda: script(base, tuned)
+        runs: dict[str, list[Run]] = {name: [] for name in contestants}
+        for repeat in range(REPEATS):
+            for name, run in contestants.items():
+                tell(f"{label}, {cache}, round {repeat + 1} of {REPEATS}: {name}")
+                if cache == "cold":
+                    drop_cache(base, tuned)
+                runs[name].append(run())
+        found = [run["counts"] for several in runs.values() for run in several if "counts" in run]
+        counts = counts or found[0]
+        if any(count != counts for count in found):
+            raise RuntimeError(f"{label}: counts differ: {counts} and {found}")
+        row[cache] = summary(runs)
+    assert counts is not None
+    return row | dict(zip(("changed_bitwise", "changed_1e-5", "numel"), counts, strict=True))
+
+
+def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """Return medians, and the medians over rounds of the ratios of a round."""
+    row: dict[str, Any] = {"script": None}
+    for name, several in runs.items():
+        row[name] = {
+            key: statistics.median(run[key] for run in several)
+            for key in ("seconds", "peak_bytes", "disk_bytes")
+        } | {"all_seconds": [run["seconds"] for run in several]}
+
+    def ratio(one: str, other: str, key: str) -> float | None:
+        pairs = zip(runs.get(one, ()), runs.get(other, ()), strict=True)
+        return statistics.median(a[key] / b[key] for a, b in pairs)
+
+    row["ours_over_read"] = ratio("ours", "read", "seconds")
+    known = "script" in runs
+    row["script_over_ours"] = ratio("script", "ours", "seconds") if known else None
+    row["script_memory_over_ours"] = ratio("script", "ours", "peak_bytes") if known else None
     return row
 
 
-def growth(folder: Path) -> dict[str, Any]:
-    """Measure our peak memory on a pair, on 16 times as many tensors, and on 16 times larger."""
-    small = {"hidden": 1024, "layers": 2, "vocabulary": 8192}
-    sizes = {
-        "pair": small,
-        "16 times the tensors": {"hidden": 1024, "layers": 32, "vocabulary": 131072},
-        "16 times larger tensors": {"hidden": 4096, "layers": 2, "vocabulary": 32768},
-    }
-    peaks, weights = {}, {}
-    for label, size in sizes.items():
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            base, tuned = synthetic_pair(Path(place), **size)
-            weights[label] = weight_bytes(base)
-            runs = [ours(base, tuned, Path(place))["peak_bytes"] for _ in range(REPEATS)]
-            peaks[label] = statistics.median(runs)
-    return {"bytes_a_side": weights, "peak_bytes": peaks,
-            "growth": max(peaks.values()) / peaks["pair"] - 1}  # fmt: skip
+def write_pair(folder: Path, config: Any, changed: float = CHANGED) -> list[int]:
+    """Write two checkpoints of a model's shapes in bf16 shards, as `base` and `tuned`.
 
+    Args:
+        folder: Where they go.
+        config: Of a causal language model, from transformers.
+        changed: Share of the tuned side's entries that are 1% larger, which is a step of bf16 or
+            more.
 
-def synthetic_pair(folder: Path, **size: int) -> tuple[Path, Path]:
-    """Make a pair of random checkpoints; see `write_synthetic_pair`."""
-    measure(SYNTHETIC, folder, json.dumps(size))
-    return folder / "base", folder / "tuned"
-
-
-def write_synthetic_pair(
-    folder: Path, hidden: int, layers: int, vocabulary: int, shard_layers: int = 8
-) -> None:
-    """Write two random Llama checkpoints in bf16 shards, 12% of their weights apart."""
+    Returns:
+        How many differ bitwise, and by more than 1e-5 as the paper's script counts; and all.
+    """
     import torch
     from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    inner = 4 * hidden
-    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden),
-              "self_attn.v_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden),
-              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-              "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,),
-              "post_attention_layernorm": (hidden,)}  # fmt: skip
-    shards: list[dict[str, tuple[int, ...]]] = [
-        {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    ]
-    for first in range(0, layers, shard_layers):
-        shards.append(
-            {
-                f"model.layers.{layer}.{name}.weight": shape
-                for layer in range(first, min(first + shard_layers, layers))
-                for name, shape in shapes.items()
+    weight = torch.randn(BLOCK, generator=generator).mul_(0.02)
+    moved = torch.rand(BLOCK, generator=generator) < changed
+    blocks = {
+        "base": weight.bfloat16(),
+        "tuned": torch.where(moved, weight * 1.01, weight).bfloat16(),
+    }
+    delta = blocks["tuned"] - blocks["base"]
+    differ = (delta != 0, ~torch.isclose(delta, torch.zeros_like(delta), atol=1e-5))
+    counts = [0, 0, 0]
+    shards: list[list[str]] = [[]]
+    room = SHARD
+    for name, shape in shapes.items():
+        whole, rest = divmod(shape.numel(), BLOCK)
+        for i, changes in enumerate(differ):
+            counts[i] += whole * int(changes.sum()) + int(changes[:rest].sum())
+        counts[2] += shape.numel()
+        room -= 2 * shape.numel()
+        if room < 0 and shards[-1]:
+            shards.append([])
+            room = SHARD - 2 * shape.numel()
+        shards[-1].append(name)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    for side, block in blocks.items():
+        config.save_pretrained(folder / side)
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / side / "model.safetensors.index.json").write_text(index)
+        for file, names in zip(files, shards, strict=True):
+            tensors = {
+                name: block.repeat(-(-shapes[name].numel() // BLOCK))[: shapes[name].numel()]
+                .view(shapes[name])
+                .clone()  # not the storage of whole blocks
+                for name in names
             }
-        )
-    sides = [folder / "base", folder / "tuned"]
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
-              "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-              "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
-              "vocab_size": vocabulary, "tie_word_embeddings": True}  # fmt: skip
-    weight_map = {}
-    for side in sides:
-        side.mkdir()
-        (side / "config.json").write_text(json.dumps(config))
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update(dict.fromkeys(shard, name))
-        base, tuned = {}, {}
-        for key, shape in shard.items():
-            weight = torch.randn(shape, generator=generator).mul_(0.02)
-            moved = torch.rand(shape, generator=generator) < 0.12
-            base[key] = weight.bfloat16()
-            tuned[key] = torch.where(moved, weight * 1.01, weight).bfloat16()
-        for side, weights in zip(sides, (base, tuned), strict=True):
-            save_file(weights, side / name, metadata={"format": "pt"})
-    index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    for side in sides:
-        (side / "model.safetensors.index.json").write_text(index)
+            save_file(tensors, folder / side / file, metadata={"format": "pt"})
+    return counts
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a checkpoint's weight files."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
 
 
 def weight_bytes(folder: Path) -> int:
     """Return the size of a checkpoint's weight files."""
-    return sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    return sum(p.stat().st_size for p in weight_files(folder))
 
 
 def machine() -> dict[str, Any]:
@@ -203,58 +313,108 @@ def machine() -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
 
 
+def growth(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how our peak memory grows from the smallest to the largest pair."""
+    ends = [pick(pairs, key=lambda pair: pair["bytes_a_side"]) for pick in (min, max)]
+    peaks = [pair["cold"]["ours"]["peak_bytes"] for pair in ends]
+    return {
+        "bytes_a_side": [pair["bytes_a_side"] for pair in ends],
+        "peak_bytes": peaks,
+        "growth": peaks[1] / peaks[0] - 1,
+    }
+
+
+def lines(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fit time against bytes: a process starts, then everything is linear in what it reads."""
+    fits = []
+    for cache in ("warm", "cold"):
+        for what in ("ours", "read", "script"):
+            points = [
+                (2 * pair["bytes_a_side"] / 1e9, pair[cache][what]["seconds"])
+                for pair in pairs
+                if pair[cache] and pair[cache][what]
+            ]
+            if len(points) < 2:
+                continue
+            label, x = f"{what}, {cache}, seconds", "GB, both sides"
+            fits.append(
+                fit(label, x, points, why="a straight line: the start, then seconds a GB read")
+            )
+            large = points[1:]  # the smallest is mostly the start of a process
+            if len(large) > 1:
+                why = (
+                    "linear in bytes; without the smallest pair, which is mostly a process's start"
+                )
+                fits.append(fit(label, x, large, logarithmic=True, expected=1.0, why=why))
+    return fits
+
+
 def show(results: dict[str, Any]) -> None:
-    """Print the results as a table."""
+    """Print the results as tables."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="extraction against the paper's script (median of 3)")
-    for column in ("pair", "GB a side", "ours, s", "script, s", "faster", "ours, MB", "script, MB",
-                   "memory"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "pair" else "right")
-    for row in results["pairs"]:
-        table.add_row(
-            row["pair"], f"{row['bytes_a_side'] / 1e9:.2f}", f"{row['ours_seconds']:.2f}",
-            f"{row['baseline_seconds']:.2f}", f"{row['times_faster']:.1f}x",
-            f"{row['ours_peak_bytes'] / 1e6:.0f}", f"{row['baseline_peak_bytes'] / 1e6:.0f}",
-            f"1/{1 / row['share_of_memory']:.1f}",
-        )  # fmt: skip
-    console = Console(width=110)
+    table = Table(title=f"extraction (medians of {REPEATS}); s and MB of resident memory")
+    for column in ("pair", "GB a side", "cache", "ours, s", "read, s", "script, s", "ours/read",
+                   "script/ours", "ours, MB", "script, MB"):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("pair", "cache") else "right")
+    for pair in results["pairs"]:
+        for cache in ("warm", "cold"):
+            if (runs := pair[cache]) is None:
+                continue
+            theirs = runs["script"]
+            table.add_row(
+                pair["pair"], f"{pair['bytes_a_side'] / 1e9:.2f}", cache,
+                f"{runs['ours']['seconds']:.2f}", f"{runs['read']['seconds']:.2f}",
+                f"{theirs['seconds']:.1f}" if theirs else "",
+                f"{runs['ours_over_read']:.2f}",
+                f"{runs['script_over_ours']:.1f}" if theirs else "",
+                f"{runs['ours']['peak_bytes'] / 1e6:.0f}",
+                f"{theirs['peak_bytes'] / 1e6:.0f}" if theirs else "",
+            )  # fmt: skip
+    console = Console(width=130)
     console.print(table)
-    for label, peak in results["growth"]["peak_bytes"].items():
-        size = results["growth"]["bytes_a_side"][label]
-        console.print(f"{label}: {size / 1e6:.0f} MB a side, peak {peak / 1e6:.0f} MB")
+    for pair in results["pairs"]:
+        for what, why in pair["left_out"].items():
+            console.print(f"{pair['pair']}, left out: {what}: {why}")
+    console.print(fits_table(results["fits"]))
     console.print(f"growth of peak memory: {results['growth']['growth']:.1%}")
 
 
 def main() -> None:
-    """Measure, write the results, print the table."""
+    """Measure, write the results, print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="GB")
     parser.add_argument("--pair", nargs=2, type=Path, metavar=("BASE", "TUNED"))
     parser.add_argument("--label", default="given", help="what the given pair is called")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     pairs = []
+    ratio = SCRIPT_RATIO
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
         if arguments.pair:
-            base, tuned = arguments.pair
-            pairs.append(compare(arguments.label, base, tuned, folder))
-        base, tuned = synthetic_pair(folder, hidden=1536, layers=16, vocabulary=32000)
-        pairs.append(compare("synthetic", base, tuned, folder))
-        small = folder / "small"
-        small.mkdir()
-        base, tuned = synthetic_pair(small, hidden=576, layers=25, vocabulary=49152)
-        pairs.append(compare("synthetic, the size of SmolLM2-135M", base, tuned, folder))
-        results = {"machine": machine(), "pairs": pairs, "growth": growth(folder)}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            pairs.append(compare(arguments.label, *arguments.pair, Path(place)))
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            print(f"{size} GB: writing the pair")
+            counts = json.loads(measure(WRITE, folder, json.dumps(SIZES[size]))["stdout"])
+            base, tuned = folder / "base", folder / "tuned"
+            pairs.append(compare(f"{size} GB", base, tuned, folder, counts, ratio))
+        warm = pairs[-1]["warm"]
+        if warm and warm["script"]:
+            ratio = warm["script"]["peak_bytes"] / pairs[-1]["bytes_a_side"]
+    results = {"machine": machine(), "pairs": pairs, "fits": lines(pairs), "growth": growth(pairs)}
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     show(results)
 
 
