@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check format bench peft-suite clean
+.PHONY: install demo test check format bench peft-suite readme clean
 
 install: $(STAMP)
 
@@ -40,6 +40,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.small_state
+
+# README.md, docs/measurements.md and their figures, from benchmarks/results.
+readme: $(STAMP)
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
