@@ -102,9 +102,9 @@ def giga(value: float, digits: int = 2) -> str:
     return fixed(value / 1e9, digits)
 
 
-def rate(value: float) -> str:
+def rate(value: float, digits: int = 6) -> str:
     """A learning rate: 3e-05 as 3e-5."""
-    mantissa, exponent = f"{value:e}".split("e")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
