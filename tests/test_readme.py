@@ -30,7 +30,7 @@ ALLOWED = {
         "at 5% both": "a setting",
         "entries within 1%": "a setting",
         "random 2%": "a setting",
-        "right in 69%": "examples/sum_task.py's, before its warm start",
+        "1.02 of the bare model's": "a target",
         "(5% of the linear layers)": "a setting",
         "at 20, 5 and 1%": "settings",
         "| | 20% | 5% | 1% |": "settings",
