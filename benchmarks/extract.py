@@ -249,6 +249,7 @@ def write_pair(folder: Path, config: Any, changed: float = CHANGED) -> list[int]
     Returns:
         How many differ bitwise, and by more than 1e-5 as the paper's script counts; and all.
     """
+    import numpy as np
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -264,14 +265,15 @@ def write_pair(folder: Path, config: Any, changed: float = CHANGED) -> list[int]
         "tuned": torch.where(moved, weight * 1.01, weight).bfloat16(),
     }
     delta = blocks["tuned"] - blocks["base"]
-    differ = (delta != 0, ~torch.isclose(delta, torch.zeros_like(delta), atol=1e-5))
+    within = torch.isclose(delta, torch.zeros_like(delta), atol=1e-5)
+    differ = ((delta != 0).numpy(), (~within).numpy())
     counts = [0, 0, 0]
     shards: list[list[str]] = [[]]
     room = SHARD
     for name, shape in shapes.items():
         whole, rest = divmod(shape.numel(), BLOCK)
         for i, changes in enumerate(differ):
-            counts[i] += whole * int(changes.sum()) + int(changes[:rest].sum())
+            counts[i] += whole * np.count_nonzero(changes) + np.count_nonzero(changes[:rest])
         counts[2] += shape.numel()
         room -= 2 * shape.numel()
         if room < 0 and shards[-1]:
@@ -285,14 +287,17 @@ def write_pair(folder: Path, config: Any, changed: float = CHANGED) -> list[int]
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
         (folder / side / "model.safetensors.index.json").write_text(index)
         for file, names in zip(files, shards, strict=True):
-            tensors = {
-                name: block.repeat(-(-shapes[name].numel() // BLOCK))[: shapes[name].numel()]
-                .view(shapes[name])
-                .clone()  # not the storage of whole blocks
-                for name in names
-            }
+            tensors = {name: _filled(shapes[name], block) for name in names}
             save_file(tensors, folder / side / file, metadata={"format": "pt"})
     return counts
+
+
+def _filled(shape: Any, block: Any) -> Any:
+    """Return a tensor of this shape, filled with the block again and again."""
+    count = shape.numel()
+    if count > len(block):
+        block = block.repeat(-(-count // len(block)))
+    return block[:count].clone().view(shape)  # its own storage: files hold whole storages
 
 
 def weight_files(folder: Path) -> list[Path]:

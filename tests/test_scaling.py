@@ -49,11 +49,10 @@ def test_formulas_bend_where_a_bitmap_is_smaller() -> None:
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    rounds, scaling.ROUNDS = scaling.ROUNDS, 1
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "ROUNDS", 1)
+        patch.setattr(extract, "BLOCK", 1 << 14)
         return scaling.measure(TINY)
-    finally:
-        scaling.ROUNDS = rounds
 
 
 def test_measured_bytes_are_the_formulas(results: dict) -> None:
@@ -128,6 +127,7 @@ def test_a_pair_has_the_counts_it_was_made_with(
 def test_what_does_not_fit_is_left_out_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(extract, "BLOCK", 1 << 14)
     extract.write_pair(tmp_path, TINY.models["small"])
     size = extract.weight_bytes(tmp_path / "base")
     memory = type("memory", (), {"available": size})
