@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 MARKERS = {"full": "s", "masked": "o", "rival": "^"}
 SIDES = {"full": "C0", "masked": "C1"}
+GIB = 2**30
 Row = Mapping[str, Any]
 
 
@@ -146,4 +147,52 @@ def extract(results: Row, path: Path) -> None:
     for panel in (seconds, memory):
         panel.set(xscale="log", yscale="log", xlabel="GB a side")
         panel.legend(fontsize=8)
+    save(figure, path)
+
+
+PARTS = {
+    "weights": "weights",
+    "reference": "reference model",
+    "values": "values, LoRA's matrices",
+    "indices": "indices",
+    "originals": "originals",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+}
+
+
+def memory(results: Row, path: Path) -> None:
+    """A step of DPO on an 8B at its peak, by what it is; lines where GPUs end."""
+    of = {"model": "Qwen3-8B", "algorithm": "dpo"}
+    rows = [
+        row
+        for row in results["rows"]
+        if of.items() <= row.items() and row["reference"] != "precomputed"
+    ]
+    rows.sort(key=lambda row: row["peak_bytes"])
+    names = [row["method"] for row in rows]
+    figure, panel = plt.subplots(figsize=(11, 0.36 * len(rows) + 1.8), layout="constrained")
+    end = [0.0] * len(rows)
+    for i, (part, label) in enumerate(PARTS.items()):
+        widths = [row["bytes"].get(part, 0) / GIB for row in rows]
+        if any(widths):
+            panel.barh(names, widths, left=end, color=f"C{i}", label=label)
+            end = [a + b for a, b in zip(end, widths, strict=True)]
+    margin = results["margin"]
+    widths = [margin["context_gib"] + margin["fragments"] * peak for peak in end]
+    panel.barh(names, widths, left=end, color="white", edgecolor="grey", hatch="//", label="margin")
+    for gpu in results["gpus"]:
+        panel.axvline(gpu, color="black", linestyle="--", linewidth=0.8)
+        panel.annotate(
+            f"{gpu} GB", (gpu, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
+        )
+    setting = results["setting"]
+    panel.invert_yaxis()
+    panel.set(
+        xlabel=f"GiB at the peak of a step: {of['model']}, DPO, {setting['batch']} pair(s) of "
+        f"{setting['length']} tokens a row"
+    )
+    panel.legend(fontsize=8, loc="upper right")
     save(figure, path)

@@ -102,6 +102,11 @@ def giga(value: float, digits: int = 2) -> str:
     return fixed(value / 1e9, digits)
 
 
+def gibi(value: float, digits: int = 1) -> str:
+    """Bytes in GiB, in which GPUs are sold."""
+    return fixed(value / 2**30, digits)
+
+
 def rate(value: float, digits: int = 6) -> str:
     """A learning rate: 3e-05 as 3e-5."""
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -120,6 +125,7 @@ FILTERS = {
     "points": points,
     "mega": mega,
     "giga": giga,
+    "gibi": gibi,
     "rate": rate,
     "mean": statistics.mean,
     "stdev": statistics.stdev,
