@@ -120,6 +120,7 @@ def test_a_pair_has_the_counts_it_was_made_with(
     assert len(extract.weight_files(tmp_path / "base")) > 1
     mask = extract_mask(tmp_path / "base", tmp_path / "tuned", progress=False)
     assert sum(mask.counts.values()) == counts[0]
+    assert json.loads(json.dumps(counts)) == counts  # how they leave their process
     assert counts[2] == scaling.parameters(TINY.models["small"])
     assert mask.density == pytest.approx(0.3, abs=0.03) and 0 < counts[1] <= counts[0]
 
