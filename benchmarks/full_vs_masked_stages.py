@@ -1,0 +1,278 @@
+"""The stages of `benchmarks/full_vs_masked.py`: runs, made or found, and the rows they give."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import subnet_ft
+from benchmarks.full_vs_masked_data import model_path
+from benchmarks.full_vs_masked_methods import Counts, Method, all_methods
+from benchmarks.full_vs_masked_report import best, cost_row, documented, learning_row, missing
+from benchmarks.full_vs_masked_run import Spec, counts_of
+from benchmarks.optimizer import machine
+from subnet_ft import SubnetMask, extract_mask
+
+ROOT = Path(__file__).parent.parent
+SCOUT_SEED = 100
+ACCUMULATION = 16
+# A found mask of a budget costs what a random one does.
+NOT_TIMED = {f"masked found {d}%" for d in ("0.5", "2", "20")}
+# Everything is on disk by now: no library need ask the network for anything.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class Bench:
+    """The runs of one command line.
+
+    Args:
+        options: See `parse_options`.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model = model_path(options.model, options.algo)
+        self.counts: Counts = counts_of(str(self.model))
+        self.methods = all_methods()
+        self.runs = options.runs / f"{self.model.name}-{options.algo}"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.threads = torch.get_num_threads()
+        self.mask: Path | None = options.mask
+
+    def specify(self, method: Method, mode: str, **more: Any) -> Spec:
+        """Return a run of the cost stage; ``more`` changes it."""
+        o = self.options
+        given: dict[str, Any] = {
+            "steps": o.steps,
+            "warmup": 2,
+            "batch": o.batch,
+            "accumulation": 1,
+            "learning_rate": self.rate_of(method),
+            "seed": 0,
+            "threads": self.threads,
+            "mask": str(self.mask_of(method)) if method.found else None,
+        }
+        return Spec(str(self.model), o.algo, method.name, mode, **given | more)
+
+    def run(self, spec: Spec) -> dict[str, Any]:
+        """Return a run's figures, made now where there are none; "failed" if it did."""
+        text = json.dumps(asdict(spec), sort_keys=True)
+        output = self.runs / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        if not output.exists():
+            specification = output.with_suffix(".spec")
+            specification.write_text(text)
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.full_vs_masked_run"]
+            log = output.with_suffix(".log")
+            with log.open("w") as stream:
+                code = subprocess.run(
+                    [*command, str(specification), str(output)],
+                    cwd=ROOT,
+                    env=os.environ | QUIET | {"OMP_NUM_THREADS": str(spec.threads)},
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                ).returncode
+            if code:
+                print(f"{spec.method}, {spec.mode}: failed, see {log}", flush=True)
+                return {"failed": log.read_text().strip().splitlines()[-1:]}
+        figures: dict[str, Any] = json.loads(output.read_text())
+        return figures
+
+    def find_masks(self) -> dict[str, Any] | None:
+        """Make the prior run and its masks, if a method needs them; describe them."""
+        o = self.options
+        stages = {"cost": self.timed(), "learning": self.learners()}
+        needed = [m for stage, of in stages.items() if o.stage in ("both", stage) for m in of]
+        needed = [m for m in needed if m.found]
+        if not needed:
+            return None
+        scout = self.runs / "scout"
+        if self.mask is None:
+            spec = self.specify(
+                self.methods["full"],
+                "fidelity",
+                steps=o.learn_steps,
+                batch=o.learn_batch,
+                learning_rate=o.rate,
+                seed=SCOUT_SEED,
+                save=str(scout),
+            )
+            if "failed" in self.run(spec):
+                raise SystemExit("The prior run failed: no mask can be found. Give --mask.")
+            self.mask = self.runs / "found.safetensors"
+            if not self.mask.exists():
+                extract_mask(self.model, scout, output=self.mask)
+        linear = [re.escape(name) for name in self.counts.linear]
+        for keep in sorted({m.keep for m in needed if m.keep is not None}):
+            path = self.runs / f"found-{keep:g}.safetensors"
+            if not path.exists():
+                if not scout.is_dir():
+                    raise SystemExit("--mask has no budgets: leave out the methods 'found ...%'.")
+                density = self.counts.masked(keep)
+                extract_mask(self.model, scout, keep=density, include=linear, output=path)
+        mask = SubnetMask.load(self.mask)
+        origin = {"given": True} if o.mask else {"steps": o.learn_steps, "learning_rate": o.rate}
+        return {"density": mask.density, "entries": mask.nnz, "seed": SCOUT_SEED} | origin
+
+    def mask_of(self, method: Method) -> Path | None:
+        """Which mask file a method trains."""
+        return (
+            self.mask if method.keep is None else self.runs / f"found-{method.keep:g}.safetensors"
+        )
+
+    def rate_of(self, method: Method) -> float:
+        """The middle of a method's learning rates."""
+        factor = self.options.factors.get(method.name, method.rate)
+        return float(self.options.rate * factor)
+
+    def timed(self) -> list[Method]:
+        """Methods of the cost stage."""
+        names = self.options.methods or [n for n in self.methods if n not in NOT_TIMED]
+        return [m for m in map(self.methods.get, names) if m and self.options.algo in m.algorithms]
+
+    def learners(self) -> list[Method]:
+        """Methods of the learning stage."""
+        methods = (self.methods[name] for name in self.options.learn)
+        return [m for m in methods if m.installed and self.options.algo in m.algorithms]
+
+    def cost(self) -> tuple[dict[tuple[str, str, int], list[Any]], list[dict[str, Any]]]:
+        """Time and weigh every method; return its rounds, and the rows."""
+        o = self.options
+        cells = [(m, mode, 1) for mode in o.modes for m in self.timed() if mode in m.modes]
+        cells += [(self.methods[n], "memory", ACCUMULATION) for n in o.accumulated]
+        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        rounds: dict[tuple[str, str, int], list[Any]] = {}
+        for number in range(o.rounds):
+            for method, mode, accumulation in cells:
+                key = (method.name, mode, accumulation)
+                if method.documented:
+                    rows[key] = documented(method, self.counts)
+                elif not method.installed:
+                    rows[key] = missing(method, mode, accumulation, "not installed")
+                elif key not in rows:
+                    figures = self.run(self.cost_spec(method, mode, accumulation, number))
+                    say(number, key, figures)
+                    if "failed" in figures:
+                        rows[key] = missing(method, mode, accumulation, "failed")
+                        rounds.pop(key, None)
+                    else:
+                        rounds.setdefault(key, []).append(figures)
+        for method, mode, accumulation in cells:
+            key = (method.name, mode, accumulation)
+            if key not in rows:
+                batch = o.batch if accumulation == 1 else self.micro_batch()
+                full = rounds.get(("full", mode, accumulation))
+                rows[key] = cost_row(method, mode, accumulation, batch, rounds[key], full)
+        return rounds, [rows[m.name, mode, a] for m, mode, a in cells]
+
+    def micro_batch(self) -> int:
+        """Rows a forward pass where gradients accumulate."""
+        return max(1, self.options.batch // 4)
+
+    def cost_spec(self, method: Method, mode: str, accumulation: int, number: int) -> Spec:
+        """Return a run of the cost stage; with accumulation, fewer and smaller steps."""
+        more: dict[str, Any] = {"round": number}
+        if accumulation > 1:
+            more |= {"accumulation": accumulation, "batch": self.micro_batch()}
+            more |= {"steps": max(2, self.options.steps // 2), "warmup": 1}
+        return self.specify(method, mode, **more)
+
+    def learning(self) -> tuple[list[dict[str, Any]], float | None]:
+        """Tune and train every method; return the rows, and the held-out figure of the base."""
+        o = self.options
+        methods = [(m, m.learns_in) for m in self.learners()]
+        rates = [10 ** ((i - (o.trials - 1) / 2) / 2) for i in range(o.trials)]
+        with ThreadPoolExecutor(o.jobs) as pool:
+
+            def make(wanted: Iterable[tuple[Method, str, float, int]]) -> list[dict[str, Any]]:
+                return list(pool.map(lambda w: self.learn(*w), wanted))
+
+            trials: list[dict[float, Any]] = []
+            grid = [(m, mode, self.rate_of(m) * r, 0) for m, mode in methods for r in rates]
+            runs = make(grid)
+            for i in range(len(methods)):
+                row = zip(grid, runs, strict=True)
+                mine = list(row)[i * o.trials : (i + 1) * o.trials]
+                trials.append({rate: run for (_, _, rate, _), run in mine})
+            chosen = [best(t, o.algo) for t in trials]
+            more = [
+                (m, mode, rate, seed)
+                for (m, mode), rate in zip(methods, chosen, strict=True)
+                for seed in range(1, o.seeds)
+            ]
+            seeds = make(more)
+            rows = []
+            for i, ((m, mode), rate) in enumerate(zip(methods, chosen, strict=True)):
+                later = seeds[i * (o.seeds - 1) : (i + 1) * (o.seeds - 1)]
+                by_seed = dict(enumerate([trials[i][rate], *later]))
+                rows.append(learning_row(m, mode, trials[i], rate, by_seed))
+        before = None
+        if o.algo != "dpo":  # a model's margins to itself are 0 by definition
+            before = self.learn(self.methods["full"], "fidelity", o.rate, 0, steps=0)
+        return rows, before["heldout"]["heldout"] if before else None
+
+    def learn(
+        self, method: Method, mode: str, rate: float, seed: int, **more: Any
+    ) -> dict[str, Any]:
+        """Make one run of the learning stage."""
+        o = self.options
+        threads = max(1, self.threads // o.jobs)
+        given: dict[str, Any] = {"steps": o.learn_steps, "batch": o.learn_batch, "evaluate": True}
+        given |= {"learning_rate": rate, "seed": seed, "threads": threads}
+        figures = self.run(self.specify(method, mode, **given | more))
+        if "failed" in figures:
+            raise SystemExit(f"{method.name}: {figures['failed']}")
+        held_out, final = figures["heldout"], figures.get("final")
+        print(f"{method.name}, lr {rate:.2g}, seed {seed}: {final}, {held_out}", flush=True)
+        return figures
+
+    def machine(self) -> dict[str, Any]:
+        """What the figures were taken on."""
+        names = ("trl", "accelerate", "bitsandbytes")
+        versions = {name: importlib.metadata.version(name) for name in names}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        own = {"subnet-ft": subnet_ft.__version__, "threads": self.threads, "device": device}
+        return machine() | versions | own
+
+    def settings(self) -> dict[str, Any]:
+        """What to write beside the figures."""
+        o = self.options
+        learned = {"methods": o.learn, "steps": o.learn_steps, "batch": o.learn_batch}
+        learned |= {"seeds": list(range(o.seeds)), "trials": o.trials, "jobs": o.jobs}
+        return {
+            "model": self.model.name,
+            "parameters": self.counts.parameters,
+            "linear_parameters": self.counts.linear_parameters,
+            "equal_count": self.counts.equal,
+            "equal_rank": self.counts.rank,
+            "algo": o.algo,
+            "batch": o.batch,
+            "rounds": o.rounds,
+            "steps": o.steps,
+            "warmup": 2,
+            "learning": None if o.stage == "cost" else learned,
+        }
+
+
+def say(number: int, key: tuple[str, str, int], figures: dict[str, Any]) -> None:
+    """Print a line a run."""
+    name, mode, accumulation = key
+    what = f"round {number + 1}: {name}, {mode}, accumulation {accumulation}"
+    if "failed" not in figures:
+        mega = figures["peak_bytes"] / 1e6
+        print(f"{what}: {figures['step_seconds']:.3f} s, peak {mega:,.0f} MB", flush=True)
