@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
+from benchmarks.common import transient_bytes
 from benchmarks.optimizer import machine, smollm2
 from subnet_ft import SubnetAdamW, SubnetConfig
 
@@ -84,15 +84,8 @@ class Variant:
 
     def measure_transient(self, ids: torch.Tensor) -> None:
         """Note the most bytes a step holds beyond those before it."""
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.step(ids)
+        self.transient = transient_bytes(lambda: self.step(ids))
         self.seconds.pop()
-        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        now = 0
-        for _, change in changes:
-            now += change
-            self.transient = max(self.transient, now)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of everything that stays between steps, by what it is."""
