@@ -98,7 +98,7 @@ def rows(algorithm: str, tokenizer: Any, count: int) -> tuple[Rows, Rows]:
     elif chats:
         trained, held_out = chain_sum.training_pairs(count), chain_sum.heldout_pairs()
     else:
-        trained, held_out = bare_pairs(count, 1 << 20), bare_pairs(HELD_OUT, 1 << 24)
+        trained, held_out = bare_pairs(count)
     if algorithm == "sft":
         trained, held_out = (
             [{"prompt": r["prompt"], "completion": r["chosen"]} for r in part]
@@ -112,8 +112,16 @@ def bare(prompt: str) -> str:
     return prompt.removeprefix("Sums: ").replace(" ", "")
 
 
-def bare_pairs(count: int, seed: int) -> Rows:
-    """Return sums of three terms: the right answer against a near miss."""
+def bare_pairs(count: int) -> tuple[Rows, Rows]:
+    """Return sums of three terms, the right answer against a near miss; and held-out ones."""
+    held_out = draw_pairs(HELD_OUT, 1 << 24)
+    seen = {row["prompt"] for row in held_out}
+    drawn = draw_pairs(count + HELD_OUT, 1 << 20)
+    return [row for row in drawn if row["prompt"] not in seen][:count], held_out
+
+
+def draw_pairs(count: int, seed: int) -> Rows:
+    """Draw as many sums of three terms."""
     problems = reasoning_gym.create_dataset(
         "chain_sum", seed=seed, size=count, min_terms=3, max_terms=3, max_digits=2
     )

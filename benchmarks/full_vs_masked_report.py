@@ -23,6 +23,7 @@ HELD_OUT = {
     "sft": "held-out loss",
     "grpo": "held-out problems exact",
 }
+DTYPES = {"fidelity": "float32", "memory": "bfloat16"}
 INDEX_BYTES = {"cpu": 8, "cuda": 4}
 MASKED = "masked random 5%"
 RIVALS = ("SHiRA", "Super-Tuning", "LoRA, equal count", "LoRA r=16", "full")
@@ -50,19 +51,18 @@ def cost_row(
     """
     of = {key: median(run[key] for run in runs) for key in ("step_seconds", "peak_bytes")}
     last = runs[-1]
-    stored = sum(v for k, v in last["state_bytes"].items() if k not in ("reference", "buffers"))
     generation = ("generation_seconds", "generation_merged_seconds")
     row = {
         "method": method.name,
         "group": method.group,
         "mode": mode,
-        "base_dtype": {"fidelity": "float32", "memory": "bfloat16"}[mode],
+        "base_dtype": DTYPES[mode],
         "accumulation": accumulation,
         "batch": batch,
         "status": "measured",
         "trainable": last["trainable"],
         "state_bytes": last["state_bytes"],
-        "state_per_parameter": stored / last["parameters"],
+        "state_per_parameter": stored(last) / last["parameters"],
         "expected_per_parameter": expected(method, mode, last),
         **of,
         "peak_ratio": median(ratios(runs, full, "peak_bytes")) if full else None,
@@ -116,7 +116,7 @@ def missing(method: Method, mode: str, accumulation: int, status: str) -> dict[s
         "method": method.name,
         "group": method.group,
         "mode": mode,
-        "base_dtype": {"fidelity": "float32", "memory": "bfloat16"}[mode],
+        "base_dtype": DTYPES[mode],
         "accumulation": accumulation,
         "status": status,
     }
@@ -172,7 +172,6 @@ def best(trials: Mapping[float, Mapping[str, Any]], algorithm: str) -> float:
 
 def learning_row(
     method: Method,
-    mode: str,
     trials: Mapping[float, Mapping[str, Any]],
     rate: float,
     runs: Mapping[int, Mapping[str, Any]],
@@ -181,7 +180,6 @@ def learning_row(
 
     Args:
         method: Which.
-        mode: Which base it had.
         trials: Learning rate -> its run at the first seed.
         rate: The one chosen.
         runs: Seed -> the run at that rate.
@@ -190,7 +188,7 @@ def learning_row(
     row = {
         "method": method.name,
         "group": method.group,
-        "base_dtype": {"fidelity": "float32", "memory": "bfloat16"}[mode],
+        "base_dtype": DTYPES[method.learns_in],
         "trainable": of[0]["trainable"],
         "learning_rate": rate,
         "edge": rate in (min(trials), max(trials)),

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -194,51 +193,45 @@ class Bench:
 
     def learning(self) -> tuple[list[dict[str, Any]], float | None]:
         """Tune and train every method; return the rows, and the held-out figure of the base."""
-        o = self.options
-        methods = [(m, m.learns_in) for m in self.learners()]
-        rates = [10 ** ((i - (o.trials - 1) / 2) / 2) for i in range(o.trials)]
+        o, methods = self.options, {m.name: m for m in self.learners()}
+        around = [10 ** ((i - (o.trials - 1) / 2) / 2) for i in range(o.trials)]
+        rates = {name: [self.rate_of(m) * r for r in around] for name, m in methods.items()}
         with ThreadPoolExecutor(o.jobs) as pool:
 
-            def make(wanted: Iterable[tuple[Method, str, float, int]]) -> list[dict[str, Any]]:
-                return list(pool.map(lambda w: self.learn(*w), wanted))
+            def make(wanted: list[tuple[str, float, int]]) -> dict[tuple[str, float, int], Any]:
+                return dict(
+                    zip(wanted, pool.map(lambda run: self.learn(*run), wanted), strict=True)
+                )
 
-            trials: list[dict[float, Any]] = []
-            grid = [(m, mode, self.rate_of(m) * r, 0) for m, mode in methods for r in rates]
-            runs = make(grid)
-            for i in range(len(methods)):
-                row = zip(grid, runs, strict=True)
-                mine = list(row)[i * o.trials : (i + 1) * o.trials]
-                trials.append({rate: run for (_, _, rate, _), run in mine})
-            chosen = [best(t, o.algo) for t in trials]
-            more = [
-                (m, mode, rate, seed)
-                for (m, mode), rate in zip(methods, chosen, strict=True)
-                for seed in range(1, o.seeds)
-            ]
-            seeds = make(more)
-            rows = []
-            for i, ((m, mode), rate) in enumerate(zip(methods, chosen, strict=True)):
-                later = seeds[i * (o.seeds - 1) : (i + 1) * (o.seeds - 1)]
-                by_seed = dict(enumerate([trials[i][rate], *later]))
-                rows.append(learning_row(m, mode, trials[i], rate, by_seed))
-        before = None
-        if o.algo != "dpo":  # a model's margins to itself are 0 by definition
-            before = self.learn(self.methods["full"], "fidelity", o.rate, 0, steps=0)
-        return rows, before["heldout"]["heldout"] if before else None
+            runs = make([(name, rate, 0) for name in methods for rate in rates[name]])
+            trials = {name: {rate: runs[name, rate, 0] for rate in rates[name]} for name in methods}
+            chosen = {name: best(trials[name], o.algo) for name in methods}
+            seeds = range(1, o.seeds)
+            runs |= make([(name, chosen[name], seed) for seed in seeds for name in methods])
+        rows = [
+            learning_row(
+                method,
+                trials[name],
+                chosen[name],
+                {seed: runs[name, chosen[name], seed] for seed in (0, *seeds)},
+            )
+            for name, method in methods.items()
+        ]
+        if o.algo == "dpo":  # a model's margins to itself are 0 by definition
+            return rows, None
+        return rows, self.learn("full", o.rate, 0, steps=0)["heldout"]["heldout"]
 
-    def learn(
-        self, method: Method, mode: str, rate: float, seed: int, **more: Any
-    ) -> dict[str, Any]:
+    def learn(self, name: str, rate: float, seed: int, **more: Any) -> dict[str, Any]:
         """Make one run of the learning stage."""
-        o = self.options
+        o, method = self.options, self.methods[name]
         threads = max(1, self.threads // o.jobs)
         given: dict[str, Any] = {"steps": o.learn_steps, "batch": o.learn_batch, "evaluate": True}
         given |= {"learning_rate": rate, "seed": seed, "threads": threads}
-        figures = self.run(self.specify(method, mode, **given | more))
+        figures = self.run(self.specify(method, method.learns_in, **given | more))
         if "failed" in figures:
-            raise SystemExit(f"{method.name}: {figures['failed']}")
-        held_out, final = figures["heldout"], figures.get("final")
-        print(f"{method.name}, lr {rate:.2g}, seed {seed}: {final}, {held_out}", flush=True)
+            raise SystemExit(f"{name}: {figures['failed']}")
+        what = f"{name}, lr {rate:.2g}, seed {seed}"
+        print(f"{what}: {figures.get('final')}, {figures['heldout']}", flush=True)
         return figures
 
     def machine(self) -> dict[str, Any]:

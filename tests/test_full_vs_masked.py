@@ -1,0 +1,210 @@
+"""The reference comparison: counts that are equal, what each method trains, runs that are kept."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("trl")
+pytest.importorskip("reasoning_gym")
+
+from benchmarks import full_vs_masked
+from benchmarks.full_vs_masked_data import character_tokenizer, rows, sum_task
+from benchmarks.full_vs_masked_methods import TOLERANCE, all_methods, count
+from benchmarks.full_vs_masked_report import expected, stored
+from benchmarks.full_vs_masked_run import Spec, build, counts_of, run
+from benchmarks.optimizer import smollm2, storage_bytes
+from subnet_ft import SubnetMask
+from tests.helpers import snapshot
+
+METHODS = {name: m for name, m in all_methods().items() if not m.documented and m.installed}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=14,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    directory = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    character_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mask(model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
+    shapes = dict(counts_of(str(model)).linear)
+    SubnetMask.synthetic(shapes, 0.1).save(path)
+    return path
+
+
+def spec(model: Path, method: str, mask: Path, **more: Any) -> Spec:
+    m = METHODS[method]
+    given: dict[str, Any] = {"steps": 2, "warmup": 1, "batch": 8, "accumulation": 1, "threads": 1}
+    given |= {"learning_rate": 1e-3 * m.rate, "seed": 0, "mask": str(mask) if m.found else None}
+    given |= {"algorithm": m.algorithms[0], "mode": m.modes[-1]}
+    return Spec(model=str(model), method=method, **given | more)
+
+
+def test_methods_of_equal_count_are_equal_on_the_real_shapes() -> None:
+    with torch.device("meta"):
+        counts = count(LlamaForCausalLM(smollm2()))
+    assert counts.parameters == 134_515_008 and counts.linear_parameters == 106_168_320
+    assert abs(counts.density / 0.05 - 1) < 0.03  # SHiRA's rank is whole
+    masked = sum(round(counts.density * a * b) for a, b in counts.linear.values())
+    supertuning = sum(int(a * b * counts.density) for a, b in counts.linear.values())
+    for numbers in (masked, supertuning):
+        assert abs(numbers / counts.equal - 1) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_what_it_says_and_nothing_else(
+    name, model, mask, tmp_path, monkeypatch
+) -> None:
+    # A random model gives no right answer; what is rewarded does not matter here.
+
+    def ords(completions: list[str], **_: Any) -> list[float]:
+        return [float(sum(map(ord, c))) for c in completions]
+
+    monkeypatch.setattr(sum_task, "reward", ords)
+    method, given = METHODS[name], spec(model, name, mask)
+    trainer, _ = build(given, method, tmp_path)  # holds the equal counts to 1%
+    before = snapshot(trainer.model)
+    trainer.train()
+    changed = {
+        n: (p != before[n]).sum().item()
+        for n, p in trainer.model.named_parameters()
+        if not torch.equal(p, before[n])
+    }
+    trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert len(losses) == 2 and torch.tensor(losses).isfinite().all()
+    frozen = {n: k for n, k in changed.items() if n not in trained}
+    if method.group == "masked":  # in place: values, and the weights that hold them
+        entries = sum(before[n].numel() for n in trained)
+        assert 0 < sum(frozen.values()) <= entries
+        assert set(frozen) <= {f"base_model.model.{n}" for n in counts_of(str(model)).linear}
+    else:
+        assert not frozen
+    assert changed.keys() & trained
+    if name == "middle third":
+        assert trained == {n for n in before if ".layers.1." in n}
+    if name == "full":
+        assert trained == set(before)
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        ("full", "fidelity"),
+        ("full", "memory"),
+        ("masked random 5%", "fidelity"),
+        ("masked random 5%", "memory"),
+        ("masked found, small state", "memory"),
+        ("masked random 5%, small state, released, compact", "memory"),
+    ],
+)
+def test_the_state_is_what_it_should_be(name, mode, model, mask) -> None:
+    method = METHODS[name]
+    figures = run(spec(model, name, mask, algorithm="sft", mode=mode, steps=3))
+    per_parameter = stored(figures) / figures["parameters"]
+    dense = {"fidelity": 16, "memory": 8}[mode]
+    asked = expected(method, mode, figures) or dense
+    assert per_parameter == pytest.approx(asked, rel=0.01)
+
+
+def test_the_state_misses_no_storage(model, mask, tmp_path, monkeypatch) -> None:
+    from benchmarks import full_vs_masked_run
+
+    seen = []
+    real = full_vs_masked_run.state_bytes
+
+    def state_bytes(trainer: Any) -> dict[str, int]:
+        sizes = real(trainer)
+        gc.collect()
+        seen.append((sum(sizes.values()), storage_bytes()))
+        return sizes
+
+    monkeypatch.setattr(full_vs_masked_run, "state_bytes", state_bytes)
+    gc.collect()
+    before = storage_bytes()
+    run(spec(model, "SHiRA", mask, steps=2))
+    counted, alive = seen[-1]
+    # What is alive besides: a batch, and what Python has not dropped of the loading.
+    assert counted <= alive - before + 1 and alive - before <= 1.1 * counted
+
+
+def test_phases_add_up_to_the_step(model, mask) -> None:
+    figures = run(spec(model, "full, reference precomputed", mask, steps=2))
+    assert "reference" not in figures["phases"] and figures["state_bytes"]["reference"] == 0
+    figures = run(spec(model, "masked random 5%", mask, algorithm="dpo", steps=2))
+    phases = figures["phases"]
+    assert {"forward", "backward", "clip", "optimizer", "flush", "reference"} <= set(phases)
+    whole = sum(v for name, v in phases.items() if name != "flush")
+    assert whole == pytest.approx(figures["step_seconds"], rel=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
+def test_held_out_rows_are_not_trained_on(algorithm) -> None:
+    trained, held_out = rows(algorithm, character_tokenizer(), 200)
+    shared = {r["prompt"] for r in trained} & {r["prompt"] for r in held_out}
+    assert not shared
+
+
+def test_a_second_bench_makes_no_run_again(model, tmp_path, monkeypatch, capsys) -> None:
+    calls = []
+
+    def child(command: list[str], **kwargs: Any) -> Any:
+        given = Spec(**json.loads(Path(command[-2]).read_text()))
+        calls.append(given.method)
+        if given.method == "SHiRA":
+            return subprocess.CompletedProcess(command, 1)
+        Path(command[-1]).write_text(json.dumps(run(given)))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", child)
+    options = ["--model", str(model), "--algo", "sft", "--rounds", "2", "--steps", "2"]
+    options += ["--methods", "full", "masked random 5%", "SHiRA"]
+    options += ["full, FlashOptim", "--learn", "masked found 5%", "--accumulated", "full"]
+    options += ["--learn-steps", "2", "--seeds", "2", "--trials", "2", "--modes", "memory"]
+    options += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path), "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["full_vs_masked", *options])
+    full_vs_masked.main()
+    first = json.loads((tmp_path / "full_vs_masked_sft.json").read_text())
+    # A prior run; two rounds of two methods and one of them accumulated, the failed one once; two
+    # trials, a further seed, the base.
+    assert len(calls) == 1 + 2 * 3 + 1 + 2 + 1 + 1
+    status = {r["method"]: r["status"] for r in first["cost"]}
+    assert status["SHiRA"] == "failed" and status["full, FlashOptim"] == "documented"
+    assert {p["against"] for p in first["pairs"]} == {"full"}
+    for row in first["learning"]:
+        assert row["edge"] and row["seeds"] == [0, 1] and len(row["heldout"]) == 2
+    calls.clear()
+    full_vs_masked.main()
+    assert calls == ["SHiRA"]
+    second = json.loads((tmp_path / "full_vs_masked_sft.json").read_text())
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_an_unknown_method_is_named(capsys) -> None:
+    with pytest.raises(SystemExit):
+        full_vs_masked.parse_options(["--methods", "LoRA r=3"])
+    assert "found 'LoRA r=3'" in capsys.readouterr().err
