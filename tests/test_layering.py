@@ -30,6 +30,7 @@ ORDER = [
     {"meter"},
     {"callback"},
     {"discovery"},
+    {"plan"},
     {"cli"},
 ]
 RANK = {module: rank for rank, group in enumerate(ORDER) for module in group}

@@ -50,7 +50,6 @@ class Subnet(nn.Module):
         # Not persistent: FSDP's loader cannot shard buffers, and the adapter file packs indices.
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("originals", originals, persistent=False)
-        self.base_checksum = checksum(originals)
         self._tiles: Tiles | None = None
         self.offmask = OffMaskNorm(self, offmask_uses) if offmask_uses else None
         self.observer: Observer | None = None  # sees each use's gradient, dense and compact
@@ -63,6 +62,11 @@ class Subnet(nn.Module):
         assert values is not None
         return values
 
+    @property
+    def base_checksum(self) -> str:
+        """Checksum of the base's entries, as in a mask file; computed when asked for."""
+        return checksum(self.originals)
+
     def reseat(self, indices: torch.Tensor, originals: torch.Tensor) -> None:
         """Give it other entries, as many, at the base's values; the parameter stays the same one.
 
@@ -72,7 +76,7 @@ class Subnet(nn.Module):
         """
         self.indices, self.originals = indices, originals
         self.values.data.copy_(originals)
-        self.base_checksum, self._tiles = checksum(originals), None
+        self._tiles = None
 
     def tiles(self, rows: int, cols: int) -> Tiles:
         """Return the entries as the kernel of `weight_grad` reads them, made at the first call.

@@ -10,6 +10,7 @@ from subnet_ft.cli.compare import compare
 from subnet_ft.cli.extract import extract
 from subnet_ft.cli.inspect import inspect
 from subnet_ft.cli.merge import merge
+from subnet_ft.cli.plan import plan
 from subnet_ft.cli.train import train
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app.command()(extract)
 app.command()(inspect)
 app.command()(compare)
 app.command()(merge)
+app.command()(plan)
 app.add_typer(train, name="train")
 
 

@@ -1,0 +1,1 @@
+"""What a training step takes in memory, by tracing the real code without weights or a GPU."""
