@@ -38,7 +38,7 @@ TRAINERS = {
 }
 DTYPES = {"fidelity": torch.float32, "memory": torch.bfloat16}
 GENERATIONS = 8  # answers to a problem, of GRPO
-GENERATED, GENERATE_ROWS, GENERATE_TIMES = 16, 4, 3
+GENERATED, GENERATE_ROWS, GENERATE_TIMES = 16, 4, 2
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class Bench:
     def run(self, spec: Spec) -> dict[str, Any]:
         """Return a run's figures, made now where there are none; "failed" if it did."""
         text = json.dumps(asdict(spec), sort_keys=True)
-        output = self.runs / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        key = text + json.dumps(self.machine(), sort_keys=True)  # figures are a machine's
+        output = self.runs / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if not output.exists():
             specification = output.with_suffix(".spec")
             specification.write_text(text)
@@ -100,7 +101,7 @@ class Bench:
         needed = [m for m in needed if m.found]
         if not needed:
             return None
-        scout = self.runs / "scout"
+        prior = self.prior_run
         if self.mask is None:
             spec = self.specify(
                 self.methods["full"],
@@ -109,30 +110,38 @@ class Bench:
                 batch=o.learn_batch,
                 learning_rate=o.rate,
                 seed=SCOUT_SEED,
-                save=str(scout),
+                save=str(prior),
             )
             if "failed" in self.run(spec):
                 raise SystemExit("The prior run failed: no mask can be found. Give --mask.")
-            self.mask = self.runs / "found.safetensors"
+            self.mask = prior.with_name(f"{prior.name}.safetensors")
             if not self.mask.exists():
-                extract_mask(self.model, scout, output=self.mask)
+                extract_mask(self.model, prior, output=self.mask)
         linear = [re.escape(name) for name in self.counts.linear]
         for keep in sorted({m.keep for m in needed if m.keep is not None}):
-            path = self.runs / f"found-{keep:g}.safetensors"
+            path = self.budget(keep)
             if not path.exists():
-                if not scout.is_dir():
+                if not prior.is_dir():
                     raise SystemExit("--mask has no budgets: leave out the methods 'found ...%'.")
                 density = self.counts.masked(keep)
-                extract_mask(self.model, scout, keep=density, include=linear, output=path)
+                extract_mask(self.model, prior, keep=density, include=linear, output=path)
         mask = SubnetMask.load(self.mask)
         origin = {"given": True} if o.mask else {"steps": o.learn_steps, "learning_rate": o.rate}
         return {"density": mask.density, "entries": mask.nnz, "seed": SCOUT_SEED} | origin
 
     def mask_of(self, method: Method) -> Path | None:
         """Which mask file a method trains."""
-        return (
-            self.mask if method.keep is None else self.runs / f"found-{method.keep:g}.safetensors"
-        )
+        return self.mask if method.keep is None else self.budget(method.keep)
+
+    @property
+    def prior_run(self) -> Path:
+        """Where the run lies whose mask is found."""
+        o = self.options
+        return self.runs / f"prior-{o.learn_steps}x{o.learn_batch}-{o.rate:g}"
+
+    def budget(self, keep: float) -> Path:
+        """The mask of the prior run's largest changes."""
+        return self.prior_run.with_name(f"{self.prior_run.name}.{keep:g}.safetensors")
 
     def rate_of(self, method: Method) -> float:
         """The middle of a method's learning rates."""
@@ -153,7 +162,8 @@ class Bench:
         """Time and weigh every method; return its rounds, and the rows."""
         o = self.options
         cells = [(m, mode, 1) for mode in o.modes for m in self.timed() if mode in m.modes]
-        cells += [(self.methods[n], "memory", ACCUMULATION) for n in o.accumulated]
+        if "memory" in o.modes:
+            cells += [(self.methods[n], "memory", ACCUMULATION) for n in o.accumulated]
         rows: dict[tuple[str, str, int], dict[str, Any]] = {}
         rounds: dict[tuple[str, str, int], list[Any]] = {}
         for number in range(o.rounds):
