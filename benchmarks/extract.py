@@ -345,14 +345,12 @@ def lines(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for pair in pairs
                 if pair[cache] and pair[cache][what]
             ]
-            if len(points) < 2:
-                continue
-            label, x = f"{what}, {cache}, seconds", "GB, both sides"
-            fits.append(
-                fit(label, x, points, why="a straight line: the start, then seconds a GB read")
-            )
             large = points[1:]  # the smallest is mostly the start of a process
-            if len(large) > 1:
+            label, x = f"{what}, {cache}, seconds", "GB, both sides"
+            if len(points) > 2:
+                why = "a straight line: the start, then seconds a GB read"
+                fits.append(fit(label, x, points, why=why))
+            if len(large) > 2:
                 why = (
                     "linear in bytes; without the smallest pair, which is mostly a process's start"
                 )

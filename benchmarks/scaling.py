@@ -58,7 +58,7 @@ from benchmarks.training_step import WARMUP, Variant, totals
 from subnet_ft import SubnetAdamW, SubnetConfig, extract_mask
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
-ROUNDS, REPEATS = 5, 3
+ROUNDS, REPEATS = 3, 3
 ROOM = 0.85  # of the free memory
 ACTIVATIONS = 2e9  # bytes kept free for them
 

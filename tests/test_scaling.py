@@ -125,6 +125,22 @@ def test_a_pair_has_the_counts_it_was_made_with(
     assert mask.density == pytest.approx(0.3, abs=0.03) and 0 < counts[1] <= counts[0]
 
 
+def test_time_is_fitted_where_three_pairs_were_measured() -> None:
+    def pair(size: float) -> dict:
+        cold = {name: {"seconds": 0.5 + size / 1e9} for name in ("ours", "read")}
+        return {"bytes_a_side": size, "warm": None, "cold": cold | {"script": None}}
+
+    fits = extract.lines([pair(s) for s in (1e9, 10e9, 100e9, 1000e9)])
+    assert [(f["what"], f["kind"]) for f in fits] == [
+        (f"{who}, cold, seconds", kind)
+        for who in ("ours", "read")
+        for kind in ("linear", "log-log")
+    ]
+    assert (fits[0]["slope"], fits[0]["intercept"]) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert fits[1]["slope"] == pytest.approx(1, abs=0.02)
+    assert extract.lines([pair(1e9), pair(2e9)]) == []
+
+
 def test_what_does_not_fit_is_left_out_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
