@@ -164,35 +164,32 @@ PARTS = {
 
 
 def memory(results: Row, path: Path) -> None:
-    """A step of DPO on an 8B at its peak, by what it is; lines where GPUs end."""
+    """A step of DPO on an 8B at its peak, by what it is; lines at what GPUs leave for it."""
     of = {"model": "Qwen3-8B", "algorithm": "dpo"}
-    rows = [
-        row
-        for row in results["rows"]
-        if of.items() <= row.items() and row["reference"] != "precomputed"
-    ]
+    rows = [row for row in results["rows"] if of.items() <= row.items()]
     rows.sort(key=lambda row: row["peak_bytes"])
-    names = [row["method"] for row in rows]
-    figure, panel = plt.subplots(figsize=(11, 0.36 * len(rows) + 1.8), layout="constrained")
+    precomputed = ", reference precomputed"
+    names = [f"{r['method']}{precomputed * (r['reference'] == 'precomputed')}" for r in rows]
+    figure, panel = plt.subplots(figsize=(12, 0.33 * len(rows) + 1.8), layout="constrained")
     end = [0.0] * len(rows)
     for i, (part, label) in enumerate(PARTS.items()):
-        widths = [row["bytes"].get(part, 0) / GIB for row in rows]
+        widths = [row["bytes"][part] / GIB for row in rows]
         if any(widths):
             panel.barh(names, widths, left=end, color=f"C{i}", label=label)
             end = [a + b for a, b in zip(end, widths, strict=True)]
-    margin = results["margin"]
-    widths = [margin["context_gib"] + margin["fragments"] * peak for peak in end]
-    panel.barh(names, widths, left=end, color="white", edgecolor="grey", hatch="//", label="margin")
-    for gpu in results["gpus"]:
-        panel.axvline(gpu, color="black", linestyle="--", linewidth=0.8)
+    for gpu, usable in results["usable_bytes"].items():
+        panel.axvline(usable / GIB, color="black", linestyle="--", linewidth=0.8)
         panel.annotate(
-            f"{gpu} GB", (gpu, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
+            f"{gpu} GB",
+            (usable / GIB, 1),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
         )
-    setting = results["setting"]
     panel.invert_yaxis()
     panel.set(
-        xlabel=f"GiB at the peak of a step: {of['model']}, DPO, {setting['batch']} pair(s) of "
-        f"{setting['length']} tokens a row"
+        xlabel=f"GiB at the peak of a step of DPO: {of['model']}, {rows[0]['batch']} pair of "
+        f"{rows[0]['length']} tokens a row; dashed: what a GPU leaves for it"
     )
     panel.legend(fontsize=8, loc="upper right")
     save(figure, path)
