@@ -48,7 +48,6 @@ LEARN = [
     "masked found",
     "masked found 5%",
     "masked random 5%",
-    "masked random 5%, small state",
     "LoRA r=16",
     "middle third",
 ]
@@ -121,9 +120,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in (QUICK if options.quick else DEFAULTS).items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
-    if options.algo == "grpo" and options.learn is LEARN:
-        # The start GRPO needs does not survive a bf16 base.
-        options.learn = [name for name in LEARN if "small state" not in name]
     options.batch = options.batch or BATCHES[options.algo]
     options.learn_batch = options.learn_batch or BATCHES[options.algo]
     options.jobs = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)

@@ -25,7 +25,7 @@ SMALL = {"state_bits": 8, "master": "residual"}
 RELEASED = {"max_grad_norm": 0.0}
 FLASHOPTIM_BYTES = 7.0  # a parameter, by its documentation (arXiv 2602.23349)
 # How the reference is had, where an algorithm leaves a choice.
-VARIED = ("full", "masked random 5%", "LoRA r=16")
+VARIED = ("full", "masked random 5%", "LoRA r=16", "SHiRA", "Super-Tuning")
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("reference precomputed", "dpo", {"precompute_ref_log_probs": True}),
     ("beta 0.04", "grpo", {"beta": 0.04}),

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.full_vs_masked_methods import FLASHOPTIM_BYTES, Counts, Method
+from benchmarks.full_vs_masked_methods import FLASHOPTIM_BYTES, VARIANTS, Counts, Method
 
 RULE = (
     "learning rates: as many trials a method, half a decade apart, at the first seed; its own is "
@@ -27,6 +27,7 @@ DTYPES = {"fidelity": "float32", "memory": "bfloat16"}
 INDEX_BYTES = {"cpu": 8, "cuda": 4}
 MASKED = "masked random 5%"
 RIVALS = ("SHiRA", "Super-Tuning", "LoRA, equal count", "LoRA r=16", "full")
+VARIED = ("", *(f", {what}" for what, _, _ in VARIANTS))
 PHASES = ("forward", "backward", "clip", "optimizer", "flush", "reference", "generation", "other")
 Runs = Sequence[Mapping[str, Any]]
 
@@ -123,15 +124,18 @@ def missing(method: Method, mode: str, accumulation: int, status: str) -> dict[s
 
 
 def pairs(cost: Mapping[tuple[str, str, int], Runs]) -> list[dict[str, Any]]:
-    """Set the mask of equal count against each rival, round by round.
+    """Set the mask of equal count against each rival, the reference had alike, round by round.
 
     Args:
         cost: (method, mode, accumulation) -> its rounds.
     """
     found = []
     for (name, mode, accumulation), own in cost.items():
-        for rival in RIVALS if name == MASKED else ():
-            its = cost.get((rival, mode, accumulation))
+        variant = name.removeprefix(MASKED)
+        if not name.startswith(MASKED) or variant not in VARIED:
+            continue
+        for rival in RIVALS:
+            its = cost.get((rival + variant, mode, accumulation))
             if not its or len(its) != len(own):
                 continue
             steps = ratios(own, its, "step_seconds")
@@ -139,7 +143,7 @@ def pairs(cost: Mapping[tuple[str, str, int], Runs]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "method": name,
-                    "against": rival,
+                    "against": rival + variant,
                     "mode": mode,
                     "accumulation": accumulation,
                     "step_ratio": median(steps),
