@@ -23,9 +23,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig, logging
 
+from benchmarks.common import transient_bytes
 from benchmarks.optimizer import machine
 from subnet_ft.plan import comparison, footprint, search, steps
 from subnet_ft.plan.comparison import RIVALS, Row
@@ -118,14 +118,11 @@ def check(method: Method, setting: Setting) -> dict[str, Any]:
     expected = footprint.trace(config, method, setting, "cpu")
     model, reference, optimizer = footprint.build(config, method, setting, "cpu")
     footprint.first_step([p for p in model.parameters() if p.requires_grad], optimizer)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        steps.run(setting, model, reference, optimizer, lambda phase: None, clips=method.clips)
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = transient = 0
-    for _, change in changes:
-        now += change
-        transient = max(transient, now)
+    transient = transient_bytes(
+        lambda: steps.run(
+            setting, model, reference, optimizer, lambda phase: None, clips=method.clips
+        )
+    )
     kept = sum(footprint.state_of(model, reference, optimizer).values())
     expected_kept = sum(expected.state.values())
     return {

@@ -10,7 +10,7 @@ nothing else: "11" and the end, not "11." or "= 11".
 SmolLM2-135M-Instruct knows two sums in three, but does not stop after the number, and RL cannot
 reward what hardly ever happens. So the runs start from `warm_started()`: a few supervised steps on
 the training half. The word before the sum is what the model needs to see that a sum is asked for:
-without it, 5% of its first numbers are right, with it 69%.
+without it, 9% of its first numbers are right, with it 72% (benchmarks/results/sum_task.json).
 Expected last line: `Exact on held-out problems: <share> before the warm start, <share> after it.`
 """
 

@@ -209,6 +209,6 @@ def sentence(gib: float, fits: Sequence[Densest], found: Rows) -> str:
             f"(a mask needs as little up to {less})"
         )
     return (
-        f"{gib:g} GiB, {budget(gib) / GIB:.1f} of them for the step, hold a mask of "
+        f"{gib:g} GiB, {budget(gib) / GIB:.1f} of them for the step, hold a mask of linear layers, "
         f"{', '.join(said)}; {'; '.join(needs)}."
     )

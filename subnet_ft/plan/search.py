@@ -1,6 +1,7 @@
 """What fits on a GPU, and the densest mask that does."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from transformers import PretrainedConfig
 
@@ -53,9 +54,13 @@ class Lines:
         """
         return min(self._crossing(place, limit) for place in self.low.peaks)
 
+    def slope(self, place: Place) -> float:
+        """Return how fast a place's peak grows with the density."""
+        rise = self.high.peaks[place][0] - self.low.peaks[place][0]
+        return rise / (SAMPLES[1] - SAMPLES[0])
+
     def _crossing(self, place: Place, limit: int) -> float:
-        first, second = (footprint.peaks[place][0] for footprint in (self.low, self.high))
-        slope = (second - first) / (SAMPLES[1] - SAMPLES[0])
+        first, slope = self.low.peaks[place][0], self.slope(place)
         if slope <= 0:
             return float(first <= limit)
         return min(1.0, max(0.0, SAMPLES[0] + (limit - first) / slope))
@@ -81,8 +86,12 @@ def largest_density(
     Returns:
         The density, in steps of 0.01%, and the step traced at it; None: none fits.
     """
-    for step in range(int(lines.densest(limit) * GRAIN), 0, -1):
+    step = int(lines.densest(limit) * GRAIN)
+    while step > 0:
         found = trace_short(config, method.at(step / GRAIN), setting)
-        if found.peak <= limit:
+        over = found.peak - limit
+        if over <= 0:
             return step / GRAIN, found
+        slope = max(1.0, lines.slope(found.where) / GRAIN)  # bytes of a step
+        step -= max(1, ceil(over / slope))
     return None
