@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig
 from typer.testing import CliRunner
 
-from benchmarks.memory_at_scale import most_allocated
+from benchmarks.common import transient_bytes
 from subnet_ft.cli.main import app
 from subnet_ft.errors import ConfigError, UnsupportedError
 from subnet_ft.plan import comparison, footprint, search, steps
@@ -87,7 +87,7 @@ def test_the_peak_is_a_real_steps(method: Method):
     model, reference, optimizer = footprint.build(config, method, setting, "cpu")
     footprint.first_step([p for p in model.parameters() if p.requires_grad], optimizer)
     step = partial(steps.run, setting, model, reference, optimizer, lambda phase: None)
-    measured = most_allocated(partial(step, clips=method.clips))
+    measured = transient_bytes(partial(step, clips=method.clips))
     assert traced.peak - sum(traced.state.values()) == pytest.approx(measured, rel=0.02)
 
 
