@@ -87,11 +87,15 @@ def largest_density(
         The density, in steps of 0.01%, and the step traced at it; None: none fits.
     """
     step = int(lines.densest(limit) * GRAIN)
-    while step > 0:
+    fits, failed, best = 0, step + 1, None
+    while fits < step < failed:
         found = trace_short(config, method.at(step / GRAIN), setting)
         over = found.peak - limit
         if over <= 0:
-            return step / GRAIN, found
+            fits, best = step, (step / GRAIN, found)
+        else:
+            failed = step
+        # Down along the line until one fits; that may go too far, so then halve what is between.
         slope = max(1.0, lines.slope(found.where) / GRAIN)  # bytes of a step
-        step -= max(1, ceil(over / slope))
-    return None
+        step = (fits + failed) // 2 if fits else step - max(1, ceil(over / slope))
+    return best
