@@ -24,7 +24,7 @@ HELD_OUT = {
     "grpo": "held-out problems exact",
 }
 DTYPES = {"fidelity": "float32", "memory": "bfloat16"}
-INDEX_BYTES = {"cpu": 8, "cuda": 4}
+INDEX_BYTES = 8  # int64, on every device
 MASKED = "masked random 5%"
 RIVALS = ("SHiRA", "Super-Tuning", "LoRA, equal count", "LoRA r=16", "full")
 VARIED = ("", *(f", {what}" for what, _, _ in VARIANTS))
@@ -93,7 +93,7 @@ def expected(method: Method, mode: str, run: Mapping[str, Any]) -> float | None:
         value, moments = 4.0, 8.0
     gradient = 0.0 if options.get("release_gradients") else value
     density = run["trainable"] / run["parameters"]
-    return weight + density * (INDEX_BYTES[run["device"]] + value + weight + gradient + moments)
+    return weight + density * (INDEX_BYTES + value + weight + gradient + moments)
 
 
 def documented(method: Method, counts: Counts) -> dict[str, Any]:
