@@ -18,6 +18,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks import drawings
+
 HERE = Path(__file__).parent
 RESULTS, DRAWN = HERE / "results", HERE / "figures"
 
@@ -64,7 +66,8 @@ def stamps(path: Path) -> dict[str, str]:
         return {key: text for key, text in image.text.items() if key != "Software"}
 
 
-# Each of these is drawn by the script that measures it, and imports what that does.
+# Each of these is drawn by the script that measures it, and imports what that does; the others by
+# `benchmarks.drawings`.
 
 
 def quickstart(summary: dict[str, Any], path: Path) -> None:
@@ -93,6 +96,9 @@ FIGURES = {
     "quickstart": Figure(("quickstart.json",), quickstart),
     "rl_task": Figure(("rl_task.json",), rl_task),
     "small_state": Figure(("small_state.json",), small_state),
+    "accuracy": Figure(("full_vs_masked_dpo.json", "full_vs_masked_quick.json"), drawings.accuracy),
+    "memory": Figure(("memory_at_scale.json",), drawings.memory),
+    "extract": Figure(("extract.json",), drawings.extract),
 }
 
 if __name__ == "__main__":
