@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig
 from torch import nn
 
 from subnet_ft import SubnetAdamW, SubnetConfig
+from subnet_ft.plan.methods import ReleasedSGD
 
 EQUAL, TOLERANCE = 0.05, 0.01
 DENSITIES = (0.005, 0.02, EQUAL, 0.2)
@@ -140,21 +141,6 @@ class Method:
     def installed(self) -> bool:
         """Whether what it needs is there."""
         return self.package is None or find_spec(self.package) is not None
-
-
-class ReleasedSGD(torch.optim.SGD):
-    """SGD that steps each parameter within backward and drops its gradient at once."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._step_now)
-
-    @torch.no_grad()
-    def _step_now(self, parameter: torch.Tensor) -> None:
-        parameter.add_(parameter.grad, alpha=-self.param_groups[0]["lr"])
-        parameter.grad = None
 
 
 def freeze_but_the_middle(model: nn.Module) -> None:

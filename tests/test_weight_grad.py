@@ -5,8 +5,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import transient_bytes
 from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError, ops
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_kernels import _ops, encoding, reference_weight_grad, twins
@@ -220,15 +220,7 @@ def peak_of_backward(weight_grad: str) -> int:
     config = SubnetConfig(density=0.01, include="all", weight_grad=weight_grad)
     model = peft.get_peft_model(model, config)
     loss = model(torch.randn(4, 2048)).square().mean()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss.backward()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return most
+    return transient_bytes(loss.backward)
 
 
 def test_the_transient_is_below_the_largest_dense_gradient() -> None:

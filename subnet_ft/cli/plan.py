@@ -40,14 +40,13 @@ def plan(
     The real code runs on tensors that have a shape and no memory. LoRA and full finetuning are
     traced alike, and often need less.
     """
+    from subnet_ft.plan import comparison
+    from subnet_ft.plan.models import load_config
+    from subnet_ft.plan.search import budget
     from subnet_ft.plan.steps import Setting
 
     asked = algo == "dpo" if reference is None else reference
     setting = Setting(algo, batch, length, asked, checkpointing)
-    from subnet_ft.plan import comparison
-    from subnet_ft.plan.models import load_config
-    from subnet_ft.plan.search import budget
-
     budget(gpu)
     methods = (*comparison.masked(density), *comparison.RIVALS)
     config = load_config(model)

@@ -1,7 +1,7 @@
 """Ways to train, each the code its users run: what it does to a model, and its optimizer."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -104,24 +104,37 @@ class Method:
         return model
 
     def optimizer(self, trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """Make its optimizer; SGD steps in hooks, and what is returned has nothing left to do."""
+        """Make its optimizer."""
         if self.kind == "masked":
             small: dict[str, Any] = {"state_bits": 8, "master": "residual"}
             options = {} if self.state == "fp32" else small
             return SubnetAdamW(trained, release_gradients=self.released, **options)
         if self.kind == "sgd":
-            optimizer = torch.optim.SGD(trained, lr=1e-5)
-            for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(_step_and_drop)
-            return optimizer
+            return ReleasedSGD(trained, lr=1e-5)
         return torch.optim.AdamW(trained, fused=True)
 
 
-def _step_and_drop(parameter: torch.Tensor) -> None:
-    assert parameter.grad is not None
-    with torch.no_grad():
-        parameter.add_(parameter.grad, alpha=-1e-5)
-    parameter.grad = None
+class ReleasedSGD(torch.optim.SGD):
+    """SGD that steps each parameter within backward and drops its gradient at once.
+
+    `step` then finds no gradient, and has nothing left to do.
+
+    Args:
+        params: Parameters; one learning rate serves all.
+        lr: Learning rate.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._step_now)
+
+    @torch.no_grad()
+    def _step_now(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.add_(parameter.grad, alpha=-self.param_groups[0]["lr"])
+        parameter.grad = None
 
 
 class TracedIndices(Mapping[str, torch.Tensor]):
