@@ -99,6 +99,7 @@ FIGURES = {
     "accuracy": Figure(("full_vs_masked_dpo.json", "full_vs_masked_quick.json"), drawings.accuracy),
     "memory": Figure(("memory_at_scale.json",), drawings.memory),
     "extract": Figure(("extract.json",), drawings.extract),
+    "scaling": Figure(("scaling.json",), drawings.scaling),
 }
 
 if __name__ == "__main__":

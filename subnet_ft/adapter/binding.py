@@ -79,13 +79,13 @@ class Bind(torch.autograd.Function):
 def bind_owner(owner: nn.Module, leaf: str, sidecar: "SubnetLayer") -> None:
     """Route reads of ``owner.<leaf>`` through ``sidecar``."""
     owner.__dict__.setdefault(_SIDECARS, {})[leaf] = sidecar
-    owner.__class__ = _bound_class(_original_class(owner), frozenset(owner.__dict__[_SIDECARS]))
+    owner.__class__ = _bound_class(original_class(owner), frozenset(owner.__dict__[_SIDECARS]))
     _follow_class(owner)
 
 
 def release_owner(owner: nn.Module, leaf: str) -> None:
     """Undo `bind_owner`; the last release gives the owner its original class back."""
-    original = _original_class(owner)
+    original = original_class(owner)
     del owner.__dict__[_SIDECARS][leaf]
     remaining = frozenset(owner.__dict__[_SIDECARS])
     if remaining:
@@ -101,7 +101,8 @@ def sidecar_of(owner: nn.Module, leaf: str) -> "SubnetLayer | None":
     return owner.__dict__.get(_SIDECARS, {}).get(leaf)
 
 
-def _original_class(owner: nn.Module) -> type:
+def original_class(owner: nn.Module) -> type:
+    """Return the class the owner of a bound parameter had before, and has to the eye."""
     return getattr(type(owner), "_subnet_original", type(owner))
 
 
@@ -119,6 +120,7 @@ def _bound_class(original: type, leaves: frozenset[str]) -> type:
             members["forward"] = _quantized_forward
         else:
             members = {leaf: property(_reader(leaf), _refuse) for leaf in leaves}
+            members["_parameters"] = property(_settled_parameters)
             if "weight" in leaves and is_linear(original):
                 members["forward"] = _linear_forward
         # Prints, error messages and name checks should show the class the user knows.
@@ -138,8 +140,11 @@ def _refuse(owner: nn.Module, value: Any) -> None:
 
 def _linear_forward(owner: Any, input: torch.Tensor) -> torch.Tensor:
     sidecar: SubnetLayer = owner.__dict__[_SIDECARS]["weight"]
-    if torch.is_grad_enabled() and sidecar.computes_weight_grad:
-        return linear_forward(owner, input, sidecar)
+    if torch.is_grad_enabled():
+        if sidecar.computes_weight_grad:
+            return linear_forward(owner, input, sidecar)
+    elif sidecar.deferred:
+        return nn.functional.linear(input, sidecar.base_once(), owner.bias)
     return nn.Linear.forward(owner, input)
 
 
@@ -148,16 +153,24 @@ def _quantized_forward(owner: Any, x: torch.Tensor) -> torch.Tensor:
     return quantized_forward(owner, x, sidecars.get("weight"), sidecars.get("bias"))
 
 
+def _settled_parameters(owner: nn.Module) -> Any:
+    """Have whoever lists parameters (a state dict, an optimizer) find them as they should be."""
+    if not torch.compiler.is_compiling():  # which lists them to guard them
+        for sidecar in owner.__dict__[_SIDECARS].values():
+            sidecar.settle()
+    return owner.__dict__["_parameters"]
+
+
 def _reader(leaf: str) -> Any:
     def read(owner: nn.Module) -> torch.Tensor:
-        weight = owner._parameters[leaf]
-        assert weight is not None
+        sidecar: SubnetLayer = owner.__dict__[_SIDECARS][leaf]
+        sidecar.settle()
+        weight: torch.Tensor = owner.__dict__["_parameters"][leaf]
         if not torch.is_grad_enabled():
             return weight
         # `get_parameter` takes no tensor for a Parameter, and its callers mean the Parameter.
         if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _GET_PARAMETER:
             return weight
-        sidecar: SubnetLayer = owner.__dict__[_SIDECARS][leaf]
         return sidecar.bind(weight)
 
     return read

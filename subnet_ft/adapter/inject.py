@@ -187,6 +187,7 @@ def detach(layers: Iterable[SubnetLayer], *, keep_values: bool) -> None:
     for layer in list(layers):
         if not keep_values:
             layer.enable_adapters(False)
+        layer.settle()
         for owner, leaf in layer.owners:
             release_owner(owner, leaf)
         module, leaf = layer.owners[0]

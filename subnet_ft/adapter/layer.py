@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from subnet_ft import ops
-from subnet_ft.adapter.binding import Bind
-from subnet_ft.adapter.linear import pays
+from subnet_ft.adapter.binding import Bind, original_class
+from subnet_ft.adapter.linear import is_linear, pays, product_dtype
 from subnet_ft.adapter.quantized import weight_shape
 from subnet_ft.adapter.subnet import Subnet
 from subnet_ft.adapter.writing import compose, flush_all, read_entries
@@ -32,6 +32,11 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     The weight always holds the originals plus what is live: `sync` makes it so after a change of
     adapters, `flush` after a change of values. Both write ``weight.data``, at masked entries only.
     A graph relies on `live`, which adapters those are, and on `written`, how often `flush` ran.
+
+    One write waits until somebody looks: when a linear layer's adapters go off, its weight keeps
+    their values (`deferred`), and the next forward pass takes the base's from a copy (`base_once`).
+    A reference model's pass, one with adapters off and then back on, thus writes nothing. Reading
+    the weight through its module or here writes the originals first (`settle`).
     """
 
     adapter_layer_names = ("subnet_ft_values",)
@@ -42,6 +47,8 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     live: tuple[str, ...]
     written: int
     live_subnets: list[Subnet]  # those of `live`, at hand for every optimizer step
+    deferred: tuple[str, ...]  # whose values the weight holds though nothing is live
+    copied: bool  # a forward pass took the base from a copy since
     _disable_adapters: bool
 
     def __init__(self, name: str, owners: Sequence[tuple[nn.Module, str]]) -> None:
@@ -55,6 +62,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.live, self.written = (), 0
         self.live_subnets = []
+        self.deferred, self.copied = (), False
         self.register_load_state_dict_post_hook(_rewrite_after_load)
         ALIVE.add(self)
 
@@ -68,9 +76,9 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The base parameter itself, never bound."""
-        owner, leaf = self.owners[0]
-        return cast(nn.Parameter, owner._parameters[leaf])
+        """The base parameter itself, never bound; it holds what is live."""
+        self.settle()
+        return self._stored
 
     @property
     def in_features(self) -> int:
@@ -198,8 +206,36 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         else:
             wanted = tuple(self.merged_adapters or cast(list[str], self.active_adapters))
         wanted = tuple(name for name in dict.fromkeys(wanted) if name in self.subnet_ft_values)
-        if wanted != self.live:
+        if wanted == self.live:
+            return
+        if wanted and wanted == self.deferred:
+            self._note(wanted)
+        elif not wanted and self._can_defer:
+            self._note((), deferred=self.live)
+        else:
             self._write(wanted)
+
+    def settle(self) -> None:
+        """Write what was deferred: the originals, as nothing is live."""
+        if self.deferred:
+            self._write(())
+
+    def base_once(self) -> torch.Tensor:
+        """Return the base's weight for a forward pass without gradients, while values lie in it.
+
+        Returns:
+            (rows, cols). For the first pass a copy, in the dtype it computes in, which autocast
+            would have made as well; from the second on, as in generating, the weight, settled.
+        """
+        if self.copied:
+            return self.weight
+        if not torch.compiler.is_compiling():  # a compiled graph goes on with copies
+            self.__dict__["copied"] = True
+        weight = self._stored.data
+        copy = weight.to(product_dtype(weight), copy=True)
+        for subnet in self.subnets(self.deferred):
+            ops.scatter_(copy, subnet.indices, subnet.originals)
+        return copy
 
     def flush(self) -> None:
         """Write the live values into the weight again, after they were changed.
@@ -227,13 +263,30 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             ops.scatter_(self.weight.data, subnet.indices, subnet.originals)
         self.flush()
 
+    @property
+    def _stored(self) -> nn.Parameter:
+        owner, leaf = self.owners[0]
+        return cast(nn.Parameter, owner.__dict__["_parameters"][leaf])
+
+    @property
+    def _can_defer(self) -> bool:
+        return self.in_place and all(
+            leaf == "weight" and is_linear(original_class(owner)) for owner, leaf in self.owners
+        )
+
+    def _note(self, live: tuple[str, ...], deferred: tuple[str, ...] = ()) -> None:
+        subnets = self.subnets(live)  # nn.Module's own way in takes 5 us an attribute
+        self.__dict__.update(live=live, live_subnets=subnets, deferred=deferred, copied=False)
+
     def _write(self, adapters: tuple[str, ...]) -> None:
-        weight = self.weight.data
+        if self.deferred:
+            self._note(self.deferred)
+        weight = self._stored.data
         if adapters != self.live or len(adapters) > 1:
             for subnet in self.live_subnets:
                 ops.scatter_(weight, subnet.indices, subnet.originals)
-        self.live = adapters
-        subnets = self.live_subnets = self.subnets(adapters)
+        self._note(adapters)
+        subnets = self.live_subnets
         if len(subnets) == 1:
             ops.scatter_(weight, subnets[0].indices, subnets[0].values.detach())
         elif subnets:
@@ -254,7 +307,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter, giving its entries back to the base first."""
-        if adapter_name in self.live:
+        if adapter_name in self.live + self.deferred:
             self._write(())
         super().delete_adapter(adapter_name)
         self.sync()

@@ -122,6 +122,12 @@ def is_linear(cls: type) -> bool:
     return issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward
 
 
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype a product with this weight is computed in: autocast's, else its own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def linear_forward(owner: nn.Linear, inputs: torch.Tensor, sidecar: "SubnetLayer") -> torch.Tensor:
     """Run a masked linear layer on its bare weight.
 
@@ -130,8 +136,7 @@ def linear_forward(owner: nn.Linear, inputs: torch.Tensor, sidecar: "SubnetLayer
         inputs: (..., cols).
         sidecar: Its weight's.
     """
-    weight = owner._parameters["weight"]
-    assert weight is not None
+    weight: torch.Tensor = owner.__dict__["_parameters"]["weight"]
     sidecar.check_weight(weight)
     return run(inputs, weight.data, owner.bias, sidecar)
 

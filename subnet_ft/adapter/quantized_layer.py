@@ -68,7 +68,7 @@ class QuantizedLayer(SubnetLayer):
         self.flush()
 
     def _write(self, adapters: tuple[str, ...]) -> None:
-        self.live, self.live_subnets = adapters, self.subnets(adapters)
+        self._note(adapters)
 
 
 class FourBitLayer(QuantizedLayer):

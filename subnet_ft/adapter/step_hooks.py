@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
 )
 
 from subnet_ft.adapter.binding import sidecar_of
-from subnet_ft.adapter.layer import SubnetLayer
+from subnet_ft.adapter.layer import ALIVE, SubnetLayer
 from subnet_ft.adapter.registry import layers_of
 from subnet_ft.adapter.writing import flush_all
 from subnet_ft.errors import ConfigError, UnsupportedError
@@ -48,6 +48,8 @@ def install() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for layer in ALIVE:
+        layer.settle()  # values stepped while they are off are written when they come on
     if getattr(optimizer, "writes_weights", False):
         return  # SubnetAdamW knows its sidecars
     layers = _stepping[optimizer] = layers_of(optimizer)

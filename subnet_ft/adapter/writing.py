@@ -38,6 +38,7 @@ def flush_all(layers: Sequence["SubnetLayer"]) -> None:
     for layer in layers:
         if len(layer.live) > 1:
             layer._write(layer.live)
+        layer.settle()  # else values changed by hand while they are off would never be written
         layer.count_write()
 
 
