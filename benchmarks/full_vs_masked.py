@@ -52,13 +52,13 @@ LEARN = [
 ACCUMULATED = ["full", "masked random 5%", "LoRA r=16"]
 DEFAULTS: dict[str, Any] = {
     "model": "SmolLM2-135M", "algo": "dpo", "methods": None, "learn": LEARN,
-    "accumulated": ACCUMULATED, "rounds": 2, "steps": 6, "batch": None, "rate": 1e-5,
-    "learn_steps": 20, "learn_batch": None, "seeds": 2, "factors": {},
+    "accumulated": ACCUMULATED, "rounds": 3, "steps": 6, "batch": None, "rate": 1e-5,
+    "learn_steps": 20, "learn_batch": None, "seeds": 2, "trials": 5, "factors": {},
 }  # fmt: skip
 QUICK: dict[str, Any] = DEFAULTS | {
     "model": SMALL, "algo": "sft", "methods": EIGHT, "learn": EIGHT, "accumulated": [],
     "rounds": 2, "steps": 16, "batch": 128, "rate": 1e-3,
-    "learn_steps": 150, "learn_batch": 16, "seeds": 2,
+    "learn_steps": 150, "learn_batch": 16, "seeds": 2, "trials": 3,
     "factors": {"LoRA r=16": 5, "masked found": 1},
 }  # fmt: skip
 BATCHES = {"sft": 8, "dpo": 4, "grpo": 32}
@@ -106,7 +106,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="of a run of the cost stage, two of them not timed")
     add("--batch", type=int, help="rows a forward pass of the cost stage")
     add("--rate", type=float, help="the middle of full finetuning's learning rates")
-    add("--trials", type=int, default=3, help="learning rates a method")
+    add("--trials", type=int, help="learning rates a method")
     add("--learn-steps", type=int)
     add("--learn-batch", type=int)
     add("--seeds", type=int, help="of the learning stage")
