@@ -1,6 +1,6 @@
 """What do switching adapters, generating and running forward take, beside LoRA and the bare model?
 
-    python -m benchmarks.switching
+    python -m benchmarks.switching [MEASURE ...]
 
 SmolLM2-135M's shapes with random weights, in fp32 and bf16. Ours: two adapters of 5% of the linear
 layers. LoRA: two of rank 16 on the same layers. The bare model has the weights of ours with the
@@ -10,11 +10,14 @@ rounds of that round's ratio, with its range beside it.
 Switching: `set_adapter` to the other one and `disable_adapter` there and back, against LoRA's
 `merge_adapter` and `unmerge_adapter`, and against the same verbs of unmerged LoRA, which only set
 flags and pay in every forward pass. What either leaves of the weights is compared as integers.
+Reference: a pass of 512 tokens with the adapter off, and back on; beside it the same with the
+weights written both ways, as they are when somebody looks at them in between.
 Forward: 512 tokens, without gradients and with. Generation: greedy, with a cache. Beside the bare
 model stands the same with frozen weights, as those under adapters are: of a prompt's last position
 torch makes a slower product (bmm, not mm) unless the head's weight requires gradients.
 
-Writes benchmarks/results/switching.json and prints a table.
+Writes benchmarks/results/switching.json and prints a table. With names of measures only those are
+taken, and the file's others kept.
 """
 
 import copy
@@ -22,8 +25,10 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +51,40 @@ PROMPT, GENERATED, FORWARD = 32, 64, 512
 SWITCHES, GENERATIONS, PAIRS, WARMUP = 20, 10, 20, 2
 
 Seconds = dict[str, list[float]]
+Measure = Callable[[peft.PeftModel, peft.PeftModel], tuple[Seconds, dict[str, Any]]]
 
 
 def main() -> None:
     """Measure, write the file, print the table."""
     # Others' work on the same machine moves all contenders' times, and their ratios less.
     state = machine() | {"threads": torch.get_num_threads(), "load before": os.getloadavg()[0]}
-    rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {}
+    measures: dict[str, tuple[Measure, str]] = {
+        "switching": (switching, "LoRA: merge, unmerge"),
+        "reference": (reference, "bare"),
+        "generation": (generation, "bare"),
+        "forward": (forward, "bare, no gradients"),
+    }
+    wanted = sys.argv[1:] or list(measures)
+    report: dict[str, Any] = {"machine": state, "rows": [], "facts": {}}
+    if sys.argv[1:]:
+        kept = json.loads(RESULTS.read_text())
+        report["rows"] = [row for row in kept["rows"] if row["what"] not in wanted]
+        report["facts"] = {
+            name: found for name, found in kept["facts"].items() if name.split(",")[0] not in wanted
+        }
     with Progress() as progress:
-        task = progress.add_task("measuring", total=3 * len(DTYPES))
+        task = progress.add_task("measuring", total=len(wanted) * len(DTYPES))
         for name, dtype in DTYPES.items():
             ours, lora = masked(dtype), low_rank(dtype)
-            for measure, reference in (
-                (switching, "LoRA: merge, unmerge"),
-                (generation, "bare"),
-                (forward, "bare, no gradients"),
-            ):
+            for what in wanted:
+                measure, to = measures[what]
                 seconds, found = measure(ours, lora)
-                rows += summary(measure.__name__, name, seconds, reference)
-                facts[f"{measure.__name__}, {name}"] = found
+                report["rows"] += summary(what, name, seconds, to)
+                report["facts"][f"{what}, {name}"] = found
                 progress.advance(task)
-    report = {"machine": state, "rows": rows, "facts": facts}
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
     table = Table("what", "weights", "who", "ms", "ratio", "range", "to")
-    for row in rows:
+    for row in report["rows"]:
         low, high = row["ratio_range"]
         table.add_row(
             row["what"],
@@ -81,7 +95,7 @@ def main() -> None:
             f"{low:.2f}-{high:.2f}",
             row["to"],
         )
-    Console().print(table, facts)
+    Console().print(table, report["facts"])
 
 
 def base(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -146,6 +160,30 @@ def switching(ours: peft.PeftModel, lora: peft.PeftModel) -> tuple[Seconds, dict
         "share of weights changed after all rounds, ours": changed[0],
         "share of weights changed after all rounds, LoRA": changed[1],
     }
+
+
+def reference(ours: peft.PeftModel, lora: peft.PeftModel) -> tuple[Seconds, dict[str, Any]]:
+    """Time a pass with the adapter off; check that its logits are the base's, bit for bit."""
+    bare, inputs, logits = base(ours.dtype), ids(FORWARD), {}
+
+    def run(name: str, model: nn.Module, off: Any, write: bool = False) -> None:
+        with torch.no_grad(), off:
+            if write:
+                for layer in sidecar_layers(model):
+                    layer.settle()
+            logits[name] = model(input_ids=inputs).logits
+
+    seconds = in_turn(
+        {
+            "bare": lambda: run("bare", bare, nullcontext()),
+            "ours": lambda: run("ours", ours, ours.disable_adapter()),
+            "ours, written": lambda: run("written", ours, ours.disable_adapter(), write=True),
+            "LoRA": lambda: run("LoRA", lora, lora.disable_adapter()),
+        },
+        PAIRS,
+    )
+    same = all(torch.equal(logits["bare"], logits[name]) for name in ("ours", "written"))
+    return seconds, {"logits equal the base's": same}
 
 
 def generation(ours: peft.PeftModel, lora: peft.PeftModel) -> tuple[Seconds, dict[str, Any]]:

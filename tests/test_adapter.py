@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from subnet_ft import SubnetConfig, SubnetError
+from subnet_ft import SubnetConfig, SubnetError, ops
 from subnet_ft.adapter.inject import sidecar_layers
 from subnet_ft.checkpoints.adapter_mask import open_mask_or_adapter
 from subnet_ft.mask import SubnetMask
@@ -480,3 +480,39 @@ def test_get_parameter_gives_the_parameter() -> None:
     model = peft.get_peft_model(tiny_llama(), SubnetConfig(mask=random_mask(tiny_llama(), 0.1)))
     for name, parameter in model.named_parameters():
         assert model.get_parameter(name) is parameter
+
+
+@pytest.mark.parametrize("clip", ["compact", "dense"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_gives_the_dense_gradient_s_entries(autocast: torch.dtype, clip: str) -> None:
+    """The dense gradient is gathered from before it is cast, unless its norm is wanted."""
+    model, mask, _ = attached(clip=clip)
+    dense, ids, seen = tiny_llama(), tokens(), []
+    for one in (model, dense):
+        with torch.autocast("cpu", autocast):
+            one(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: p.grad.flatten() for name, p in dense.named_parameters()}
+    for layer in sidecar_layers(model):
+        (subnet,) = layer.subnets()
+        if layer.name != "model.embed_tokens.weight":  # tied: two uses, summed after gathering
+            seen.append(layer.name)
+            assert_same_bits(
+                expected[layer.name][mask[layer.name].long()], subnet.values.grad, layer.name
+            )
+    assert len(seen) == len(mask) - 1
+
+
+def test_autocast_hands_over_no_dense_gradient_in_the_weight_s_dtype(monkeypatch: Any) -> None:
+    model, _, _ = attached()
+    dtypes, gather = set(), ops.gather
+
+    def noting(dense: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if dense.ndim == 2:
+            dtypes.add((tuple(dense.shape), dense.dtype))
+        return gather(dense, *args, **options)
+
+    monkeypatch.setattr(ops, "gather", noting)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert ((96, 64), torch.bfloat16) in dtypes and ((96, 64), torch.float32) in dtypes  # embedding
+    assert {dtype for shape, dtype in dtypes if shape != (96, 64)} == {torch.bfloat16}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from subnet_ft import ops
-from subnet_ft.adapter.linear import is_linear, linear_forward
+from subnet_ft.adapter.linear import is_linear, linear_forward, product_dtype
 from subnet_ft.adapter.quantized import is_quantized_linear
 from subnet_ft.adapter.quantized_linear import quantized_forward
 from subnet_ft.errors import UnsupportedError
@@ -32,7 +32,11 @@ class Bind(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, sidecar: "SubnetLayer", *values: torch.Tensor
+        ctx: Any,
+        weight: torch.Tensor,
+        sidecar: "SubnetLayer",
+        dtype: torch.dtype,
+        *values: torch.Tensor,
     ) -> torch.Tensor:
         """Attach ``values`` to ``weight``'s storage.
 
@@ -40,15 +44,17 @@ class Bind(torch.autograd.Function):
             ctx: Autograd's context.
             weight: Any shape; already holds ``values`` at their indices.
             sidecar: Whose live adapters ``values`` are.
+            dtype: What the product to come computes in. Where autocast would cast the weight, it is
+                cast here, and the gradient to gather from is the product's, never cast as a whole.
             *values: (nnz,) float32 each.
 
         Returns:
-            ``weight.data``: the same storage with a version counter of its own, so that writes into
-            the weight between forward and backward (a reference model's pass) are legal; what
-            autograd then no longer guards, ``sidecar.recall`` does.
+            ``weight.data``: the same storage, unless cast, with a version counter of its own, so
+            that writes into the weight between forward and backward (a reference model's pass) are
+            legal; what autograd then no longer guards, ``sidecar.recall`` does.
         """
-        ctx.sidecar, ctx.mark = sidecar, sidecar.mark()
-        return weight.data
+        ctx.sidecar, ctx.mark, ctx.dtype = sidecar, sidecar.mark(), weight.dtype
+        return weight.data.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -61,7 +67,9 @@ class Bind(torch.autograd.Function):
         sidecar: SubnetLayer = ctx.sidecar
         compact: list[torch.Tensor | None] = []
         subnets = sidecar.recall(ctx.mark)
-        for subnet, needed in zip(subnets, ctx.needs_input_grad[2:], strict=True):
+        if any(subnet.watched for subnet in subnets):
+            gradient = gradient.to(ctx.dtype)
+        for subnet, needed in zip(subnets, ctx.needs_input_grad[3:], strict=True):
             part = None
             if needed and subnet.scout is not None:  # a mask is looked for: nothing trains yet
                 subnet.scout(gradient)
@@ -73,7 +81,7 @@ class Bind(torch.autograd.Function):
             if part is not None and not torch.compiler.is_compiling() and subnet.observer:
                 subnet.observer(gradient, part)
             compact.append(part)
-        return None, None, *compact
+        return None, None, None, *compact
 
 
 def bind_owner(owner: nn.Module, leaf: str, sidecar: "SubnetLayer") -> None:
@@ -143,6 +151,10 @@ def _linear_forward(owner: Any, input: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
         if sidecar.computes_weight_grad:
             return linear_forward(owner, input, sidecar)
+        weight = owner.__dict__["_parameters"]["weight"]
+        dtype = product_dtype(weight)
+        if dtype != weight.dtype:
+            return nn.functional.linear(input, sidecar.bind(weight, dtype), owner.bias)
     elif sidecar.deferred:
         return nn.functional.linear(input, sidecar.base_once(), owner.bias)
     return nn.Linear.forward(owner, input)
@@ -171,6 +183,6 @@ def _reader(leaf: str) -> Any:
         # `get_parameter` takes no tensor for a Parameter, and its callers mean the Parameter.
         if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _GET_PARAMETER:
             return weight
-        return sidecar.bind(weight)
+        return sidecar.bind(weight, weight.dtype)
 
     return read

@@ -100,13 +100,13 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         found = self.subnet_ft_values[adapter] if adapter in self.subnet_ft_values else None
         return cast(Subnet | None, found)
 
-    def bind(self, weight: torch.Tensor) -> torch.Tensor:
-        """Attach the live values to ``weight`` for autograd; see `Bind`."""
+    def bind(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Attach the live values to ``weight`` for autograd, in a product's dtype; see `Bind`."""
         self.check_weight(weight)
         values = [subnet.values for subnet in self.live_subnets]
         if not any(v.requires_grad for v in values):
             return weight
-        return Bind.apply(weight, self, *values)
+        return Bind.apply(weight, self, dtype, *values)
 
     def check_weight(self, weight: torch.Tensor) -> None:
         """Refuse a weight other than the one the entries were made for.

@@ -103,7 +103,7 @@ def quantized_forward(
     else:
         output = weight.linear(owner, own, inputs)
     if bias is not None and torch.is_grad_enabled():
-        bound = bias.bind(owner.bias)
+        bound = bias.bind(owner.bias, owner.bias.dtype)
         # The bias is in the output already: this adds zero, for the gradient alone, which
         # bitsandbytes gives a wrong shape.
         output = output + (bound - bound.detach()).to(output.dtype)

@@ -63,6 +63,11 @@ class Subnet(nn.Module):
         return values
 
     @property
+    def watched(self) -> bool:
+        """Whether somebody looks at the dense gradient, which is then in the weight's dtype."""
+        return any(one is not None for one in (self.offmask, self.observer, self.scout))
+
+    @property
     def base_checksum(self) -> str:
         """Checksum of the base's entries, as in a mask file; computed when asked for."""
         return checksum(self.originals)
