@@ -56,11 +56,12 @@ def test_a_reference_pass_is_the_base_s_and_writes_no_linear_weight(
     assert_same_bits(before, held)
 
 
-def test_a_second_pass_writes() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_second_pass_writes(mode: Callable[[], Any]) -> None:
     model, base = trained()
     held, ids = sidecar(model).weight, tokens(seed=1)
     before = held.detach().clone()
-    with torch.no_grad(), model.disable_adapter():
+    with mode(), model.disable_adapter():
         for _ in range(3):
             assert_same_bits(base(ids).logits, model(ids).logits)
         assert_same_bits(base.get_parameter(NAME), held)
