@@ -516,3 +516,25 @@ def test_autocast_hands_over_no_dense_gradient_in_the_weight_s_dtype(monkeypatch
         model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert ((96, 64), torch.bfloat16) in dtypes and ((96, 64), torch.float32) in dtypes  # embedding
     assert {dtype for shape, dtype in dtypes if shape != (96, 64)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("weight_grad", ["dense", "compact"])
+def test_autocast_keeps_no_copy_of_a_linear_weight_for_backward(weight_grad: str) -> None:
+    """A copy of every weight in bf16 would be half of an fp32 model again, until backward."""
+    model, _, _ = attached(weight_grad=weight_grad)
+    weights = [la.weight for la in sidecar_layers(model) if la.weight.ndim == 2]
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    ids = tokens()
+    assert all(ids.numel() not in weight.shape for weight in weights)  # nor has anything else
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+    shapes = {shape for weight in weights for shape in (weight.shape, weight.shape[::-1])}
+    found = {tensor.data_ptr() for tensor in kept if tensor.shape in shapes}
+    assert found == {weight.data_ptr() for weight in weights}
+    loss.backward()

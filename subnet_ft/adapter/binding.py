@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from subnet_ft import ops
+from subnet_ft.adapter.gradients import gathered_gradients
 from subnet_ft.adapter.linear import is_linear, linear_forward, product_dtype
 from subnet_ft.adapter.quantized import is_quantized_linear
 from subnet_ft.adapter.quantized_linear import quantized_forward
@@ -32,11 +32,7 @@ class Bind(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: torch.Tensor,
-        sidecar: "SubnetLayer",
-        dtype: torch.dtype,
-        *values: torch.Tensor,
+        ctx: Any, weight: torch.Tensor, sidecar: "SubnetLayer", *values: torch.Tensor
     ) -> torch.Tensor:
         """Attach ``values`` to ``weight``'s storage.
 
@@ -44,17 +40,15 @@ class Bind(torch.autograd.Function):
             ctx: Autograd's context.
             weight: Any shape; already holds ``values`` at their indices.
             sidecar: Whose live adapters ``values`` are.
-            dtype: What the product to come computes in. Where autocast would cast the weight, it is
-                cast here, and the gradient to gather from is the product's, never cast as a whole.
             *values: (nnz,) float32 each.
 
         Returns:
-            ``weight.data``: the same storage, unless cast, with a version counter of its own, so
-            that writes into the weight between forward and backward (a reference model's pass) are
-            legal; what autograd then no longer guards, ``sidecar.recall`` does.
+            ``weight.data``: the same storage with a version counter of its own, so that writes into
+            the weight between forward and backward (a reference model's pass) are legal; what
+            autograd then no longer guards, ``sidecar.recall`` does.
         """
-        ctx.sidecar, ctx.mark, ctx.dtype = sidecar, sidecar.mark(), weight.dtype
-        return weight.data.to(dtype)
+        ctx.sidecar, ctx.mark = sidecar, sidecar.mark()
+        return weight.data
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -64,24 +58,9 @@ class Bind(torch.autograd.Function):
             StaleGraphError: The weight holds other values than when the forward pass used it.
         """
         (gradient,) = gradients
-        sidecar: SubnetLayer = ctx.sidecar
-        compact: list[torch.Tensor | None] = []
-        subnets = sidecar.recall(ctx.mark)
-        if any(subnet.watched for subnet in subnets):
-            gradient = gradient.to(ctx.dtype)
-        for subnet, needed in zip(subnets, ctx.needs_input_grad[3:], strict=True):
-            part = None
-            if needed and subnet.scout is not None:  # a mask is looked for: nothing trains yet
-                subnet.scout(gradient)
-            elif needed:
-                part = torch.empty_like(subnet.values)
-                ops.gather(gradient, subnet.indices, part)
-            if part is not None and subnet.offmask is not None:
-                subnet.offmask.observe(gradient, part)
-            if part is not None and not torch.compiler.is_compiling() and subnet.observer:
-                subnet.observer(gradient, part)
-            compact.append(part)
-        return None, None, None, *compact
+        subnets = ctx.sidecar.recall(ctx.mark)
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *gathered_gradients(subnets, needed, gradient, gradient.dtype)
 
 
 def bind_owner(owner: nn.Module, leaf: str, sidecar: "SubnetLayer") -> None:
@@ -149,12 +128,10 @@ def _refuse(owner: nn.Module, value: Any) -> None:
 def _linear_forward(owner: Any, input: torch.Tensor) -> torch.Tensor:
     sidecar: SubnetLayer = owner.__dict__[_SIDECARS]["weight"]
     if torch.is_grad_enabled():
-        if sidecar.computes_weight_grad:
-            return linear_forward(owner, input, sidecar)
         weight = owner.__dict__["_parameters"]["weight"]
-        dtype = product_dtype(weight)
-        if dtype != weight.dtype:
-            return nn.functional.linear(input, sidecar.bind(weight, dtype), owner.bias)
+        cast = product_dtype(weight) != weight.dtype
+        if sidecar.computes_weight_grad or (cast and sidecar.learns):
+            return linear_forward(owner, input, sidecar)
     elif sidecar.deferred:
         return nn.functional.linear(input, sidecar.base_once(), owner.bias)
     return nn.Linear.forward(owner, input)
@@ -183,6 +160,6 @@ def _reader(leaf: str) -> Any:
         # `get_parameter` takes no tensor for a Parameter, and its callers mean the Parameter.
         if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _GET_PARAMETER:
             return weight
-        return sidecar.bind(weight, weight.dtype)
+        return sidecar.bind(weight)
 
     return read

@@ -10,7 +10,8 @@ from torch import nn
 
 from subnet_ft import ops
 from subnet_ft.adapter.binding import Bind, original_class
-from subnet_ft.adapter.linear import is_linear, pays, product_dtype
+from subnet_ft.adapter.gradients import pays
+from subnet_ft.adapter.linear import is_linear, product_dtype
 from subnet_ft.adapter.quantized import weight_shape
 from subnet_ft.adapter.subnet import Subnet
 from subnet_ft.adapter.writing import compose, flush_all, read_entries
@@ -100,13 +101,12 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         found = self.subnet_ft_values[adapter] if adapter in self.subnet_ft_values else None
         return cast(Subnet | None, found)
 
-    def bind(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Attach the live values to ``weight`` for autograd, in a product's dtype; see `Bind`."""
+    def bind(self, weight: torch.Tensor) -> torch.Tensor:
+        """Attach the live values to ``weight`` for autograd; see `binding.Bind`."""
         self.check_weight(weight)
-        values = [subnet.values for subnet in self.live_subnets]
-        if not any(v.requires_grad for v in values):
+        if not self.learns:
             return weight
-        return Bind.apply(weight, self, dtype, *values)
+        return Bind.apply(weight, self, *(subnet.values for subnet in self.live_subnets))
 
     def check_weight(self, weight: torch.Tensor) -> None:
         """Refuse a weight other than the one the entries were made for.
@@ -126,10 +126,15 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             )
 
     @property
+    def learns(self) -> bool:
+        """Whether a live adapter's values take gradients."""
+        return any(subnet.values.requires_grad for subnet in self.live_subnets)
+
+    @property
     def computes_weight_grad(self) -> bool:
-        """Whether the weight's gradient is computed at its entries alone; see `linear`."""
-        return all(s.computes_weight_grad and not s.scout for s in self.live_subnets) and any(
-            s.values.requires_grad for s in self.live_subnets
+        """Whether the weight's gradient is computed at its entries alone; see `gradients`."""
+        return self.learns and all(
+            subnet.computes_weight_grad and not subnet.scout for subnet in self.live_subnets
         )
 
     def mark(self) -> Mark:

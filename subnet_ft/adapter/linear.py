@@ -1,43 +1,26 @@
-"""A linear layer whose weight gradient is computed at the masked entries alone.
+"""A linear layer that does its own backward pass, where that spares memory over autograd's.
 
-The ordinary way, `binding.Bind`, lets autograd compute the dense gradient and gathers from it. Here
-the layer's own backward computes the compact gradient from what the layer took in and what came
-back: the dense gradient never exists. It sums in another order, so results equal the ordinary way's
-only up to rounding.
+The ordinary way is `binding.Bind`: autograd computes the product's gradients, and keeps what the
+product took in until then. Two things can be spared:
+
+- Under autocast, a copy of every weight in the product's dtype, half of the model again. Here it is
+  made for the product, thrown away, and made again in backward, bit for bit the same.
+- The dense gradient, with ``weight_grad="compact"``; see `gradients.entry_gradients`.
 """
 
-import math
-from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from subnet_ft import ops
-from subnet_kernels.reference_weight_grad import CHUNK
+from subnet_ft.adapter.gradients import entry_gradients, gathered_gradients
 
 if TYPE_CHECKING:
     from subnet_ft.adapter.layer import SubnetLayer
-    from subnet_ft.adapter.subnet import Subnet
 
 
-def pays(shape: Sequence[int]) -> bool:
-    """Tell whether computing a linear layer's gradient at its entries alone pays.
-
-    It does where the weight has more elements than one chunk of the computation: then less exists
-    at a time than a dense gradient, and by ``benchmarks/results/kernels_cpu.json`` it takes 0.6 to
-    1.0 times as long at (8192, 2048), 1.01 to 1.09 times at (2048, 2048). Of a smaller weight the
-    one chunk is the dense gradient, and the rest is a detour of up to 11%.
-
-    Args:
-        shape: (rows, cols) of the weight.
-    """
-    return math.prod(shape) > CHUNK
-
-
-class EntryLinear(torch.autograd.Function):
-    """A linear layer that computes the gradient of its weight at the live entries alone.
+class MaskedLinear(torch.autograd.Function):
+    """A linear layer that keeps its inputs for backward, and nothing of its weight.
 
     Inputs' and compact gradients come at once: an optimizer may step the values, and with them the
     weight, as soon as they have theirs.
@@ -52,7 +35,7 @@ class EntryLinear(torch.autograd.Function):
         sidecar: Any,
         *values: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute ``inputs @ weight.T + bias``.
+        """Compute ``inputs @ weight.T + bias``, in autocast's dtype under autocast.
 
         Args:
             ctx: Autograd's context.
@@ -64,11 +47,12 @@ class EntryLinear(torch.autograd.Function):
             *values: (nnz,) each.
         """
         dense = sidecar.dense(inputs.dtype) if weight is None else weight
-        output = nn.functional.linear(inputs, dense, bias)
+        rounded = inputs.to(product_dtype(inputs))
+        output = nn.functional.linear(rounded, dense, bias)
         ctx.sidecar, ctx.mark, ctx.dtype = sidecar, sidecar.mark(), inputs.dtype
+        ctx.compact = sidecar.computes_weight_grad
         learns = any(ctx.needs_input_grad[4:])
-        # Under autocast the product rounded its inputs to the output's dtype.
-        ctx.save_for_backward(inputs.to(output.dtype) if learns else None, weight)
+        ctx.save_for_backward(rounded if learns else None, weight)
         return output
 
     @staticmethod
@@ -87,34 +71,14 @@ class EntryLinear(torch.autograd.Function):
             for_inputs = (gradient @ dense.to(gradient.dtype)).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             for_bias = gradient.sum(0)
-        compact = entry_gradients(subnets, ctx.needs_input_grad[4:], gradient, inputs)
+        needed = ctx.needs_input_grad[4:]
+        if ctx.compact:
+            compact = entry_gradients(subnets, needed, gradient, inputs)
+        elif any(needed):
+            compact = gathered_gradients(subnets, needed, gradient.t() @ inputs, weight.dtype)
+        else:
+            compact = [None] * len(needed)
         return for_inputs, None, for_bias, None, *compact
-
-
-def entry_gradients(
-    subnets: Sequence["Subnet"],
-    needed: Sequence[bool],
-    gradient: torch.Tensor,
-    inputs: torch.Tensor,
-) -> list[torch.Tensor | None]:
-    """Compute a linear layer's compact gradients, None where not needed.
-
-    Args:
-        subnets: The entries.
-        needed: Whose gradients are.
-        gradient: (tokens, rows) of the layer's output.
-        inputs: (tokens, cols) of the layer, in the same dtype.
-    """
-    if not any(needed):
-        return [None] * len(subnets)
-    dy, x = gradient.contiguous(), inputs.contiguous()
-
-    def compute(subnet: "Subnet") -> torch.Tensor:
-        tiles = partial(subnet.tiles, dy.shape[1], x.shape[1])
-        return ops.weight_grad(dy, x, subnet.indices, tiles).to(subnet.values.dtype)
-
-    pairs = zip(subnets, needed, strict=True)
-    return [compute(subnet) if wanted else None for subnet, wanted in pairs]
 
 
 def is_linear(cls: type) -> bool:
@@ -122,10 +86,12 @@ def is_linear(cls: type) -> bool:
     return issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward
 
 
-def product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Return the dtype a product with this weight is computed in: autocast's, else its own."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype a product with this tensor is computed in: autocast's, else its own."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype  # autocast leaves doubles alone
+    return torch.get_autocast_dtype(device)
 
 
 def linear_forward(owner: nn.Linear, inputs: torch.Tensor, sidecar: "SubnetLayer") -> torch.Tensor:
@@ -147,8 +113,8 @@ def run(
     bias: torch.Tensor | None,
     sidecar: "SubnetLayer",
 ) -> torch.Tensor:
-    """Do `EntryLinear` on inputs of any number of dimensions, with a sidecar's live values."""
+    """Do `MaskedLinear` on inputs of any number of dimensions, with a sidecar's live values."""
     values = [subnet.values for subnet in sidecar.live_subnets]
     flat = inputs.reshape(-1, inputs.shape[-1])
-    output: torch.Tensor = EntryLinear.apply(flat, weight, bias, sidecar, *values)
+    output: torch.Tensor = MaskedLinear.apply(flat, weight, bias, sidecar, *values)
     return output.view(*inputs.shape[:-1], output.shape[-1])  # of no tokens as well

@@ -2,7 +2,7 @@
 
 Neither kind keeps a dense weight between forward and backward, or makes its dense gradient.
 
-4-bit (`linear.EntryLinear`): the weight is dequantized into a temporary, the values are written
+4-bit (`linear.MaskedLinear`): the weight is dequantized into a temporary, the values are written
 over their entries there, and the product is a plain one: bit for bit the merged model's layer.
 Backward makes the same temporary again.
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from subnet_ft.adapter.linear import entry_gradients
+from subnet_ft.adapter.gradients import entry_gradients
 
 if TYPE_CHECKING:
     from subnet_ft.adapter.layer import SubnetLayer
@@ -103,7 +103,7 @@ def quantized_forward(
     else:
         output = weight.linear(owner, own, inputs)
     if bias is not None and torch.is_grad_enabled():
-        bound = bias.bind(owner.bias, owner.bias.dtype)
+        bound = bias.bind(owner.bias)
         # The bias is in the output already: this adds zero, for the gradient alone, which
         # bitsandbytes gives a wrong shape.
         output = output + (bound - bound.detach()).to(output.dtype)
