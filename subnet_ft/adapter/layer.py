@@ -8,63 +8,32 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from subnet_ft import ops
-from subnet_ft.adapter.binding import Bind, original_class
+from subnet_ft.adapter.binding import Bind
 from subnet_ft.adapter.gradients import pays
-from subnet_ft.adapter.linear import is_linear, product_dtype
-from subnet_ft.adapter.quantized import weight_shape
+from subnet_ft.adapter.live import LiveWeight
 from subnet_ft.adapter.subnet import Subnet
-from subnet_ft.adapter.writing import compose, flush_all, read_entries
-from subnet_ft.errors import MaskMismatchError, StaleGraphError, UnsupportedError
+from subnet_ft.errors import MaskMismatchError, UnsupportedError
 
 # Every sidecar alive, so that one optimizer hook can find whose values were stepped.
 ALIVE: WeakSet["SubnetLayer"] = WeakSet()
 
-Mark = tuple[tuple[str, ...], int | None]  # which adapters are live, how often they were written
 
-
-class SubnetLayer(nn.Module, BaseTunerLayer):
-    """Keeps one parameter of the base equal to its active adapter, entry by entry, in place.
+class SubnetLayer(LiveWeight, BaseTunerLayer):
+    """Trains one parameter of the base: binds its values for autograd, and follows PEFT's verbs.
 
     Args:
         name: The base parameter's name.
         owners: (module, leaf) of every place the parameter is used; tied weights have several.
-
-    The weight always holds the originals plus what is live: `sync` makes it so after a change of
-    adapters, `flush` after a change of values. Both write ``weight.data``, at masked entries only.
-    A graph relies on `live`, which adapters those are, and on `written`, how often `flush` ran.
-
-    One write waits until somebody looks: when a linear layer's adapters go off, its weight keeps
-    their values (`deferred`), and the next forward pass takes the base's from a copy (`base_once`).
-    A reference model's pass, one with adapters off and then back on, thus writes nothing. Reading
-    the weight through its module or here writes the originals first (`settle`).
     """
 
     adapter_layer_names = ("subnet_ft_values",)
-    in_place = True  # the weight holds what is live; of a quantized one, it cannot
-    subnet_ft_values: nn.ModuleDict
-    owners: tuple[tuple[nn.Module, str], ...]
     merged_adapters: list[str]
-    live: tuple[str, ...]
-    written: int
-    live_subnets: list[Subnet]  # those of `live`, at hand for every optimizer step
-    deferred: tuple[str, ...]  # whose values the weight holds though nothing is live
-    copied: bool  # a forward pass took the base from a copy since
     _disable_adapters: bool
 
     def __init__(self, name: str, owners: Sequence[tuple[nn.Module, str]]) -> None:
-        super().__init__()
-        self.name = name
-        # In a plain tuple: the owner is our parent, and must not become our child.
-        self.__dict__["owners"] = tuple(owners)
-        self.shape = weight_shape(*self.owners[0])
-        self.subnet_ft_values = nn.ModuleDict()
+        super().__init__(name, owners)
         self.merged_adapters = []
         self._active_adapter: str | list[str] = []
-        self.live, self.written = (), 0
-        self.live_subnets = []
-        self.deferred, self.copied = (), False
-        self.register_load_state_dict_post_hook(_rewrite_after_load)
         ALIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,12 +45,6 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         return self.owners[0][0]
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The base parameter itself, never bound; it holds what is live."""
-        self.settle()
-        return self._stored
-
-    @property
     def in_features(self) -> int:
         """Last dimension of the parameter, as PEFT's tools expect of a tuner layer."""
         return self.shape[-1]
@@ -90,16 +53,6 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     def out_features(self) -> int:
         """First dimension of the parameter."""
         return self.shape[0]
-
-    def subnets(self, adapters: tuple[str, ...] | None = None) -> list[Subnet]:
-        """Return the entries of the named adapters, by default of those live now."""
-        names = self.live if adapters is None else adapters
-        return [cast(Subnet, self.subnet_ft_values[name]) for name in names]
-
-    def subnet(self, adapter: str) -> Subnet | None:
-        """Return an adapter's entries, None where it has none here."""
-        found = self.subnet_ft_values[adapter] if adapter in self.subnet_ft_values else None
-        return cast(Subnet | None, found)
 
     def bind(self, weight: torch.Tensor) -> torch.Tensor:
         """Attach the live values to ``weight`` for autograd; see `binding.Bind`."""
@@ -137,40 +90,11 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
             subnet.computes_weight_grad and not subnet.scout for subnet in self.live_subnets
         )
 
-    def mark(self) -> Mark:
-        """Note at the forward pass what a graph relies on."""
-        # A compiled graph would be compiled anew for every count: there the check is left out.
-        return self.live, None if torch.compiler.is_compiling() else self.written
-
-    def recall(self, mark: Mark) -> list[Subnet]:
-        """Return at the backward pass the entries that were live at the forward pass.
-
-        Raises:
-            StaleGraphError: Adapters were switched or values written in between.
-        """
-        live, written = mark
-        if written is not None and (live, written) != (self.live, self.written):
-            raise StaleGraphError(
-                f"{self.name}: the forward pass used adapters {list(live)} (write {written}), "
-                f"backward finds {list(self.live)} (write {self.written}); run backward before "
-                "switching adapters or stepping, or switch back"
-            )
-        return self.subnets(live)
-
-    def read_base(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the base's own values at ``indices``, whatever is live.
-
-        Args:
-            indices: (nnz,) int64 on the weight's device.
-
-        Returns:
-            (nnz,) in the weight's dtype.
-        """
-        live = self.live
-        self._write(())
-        entries = read_entries(self.weight.data, indices)
-        self._write(live)
-        return entries
+    def forget_norms(self) -> None:
+        """Let go of the norms noted for ``clip="dense"``: a step comes after clipping."""
+        for subnet in self.live_subnets:
+            if subnet.offmask is not None:
+                subnet.offmask.forget()
 
     def add(
         self,
@@ -211,92 +135,7 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
         else:
             wanted = tuple(self.merged_adapters or cast(list[str], self.active_adapters))
         wanted = tuple(name for name in dict.fromkeys(wanted) if name in self.subnet_ft_values)
-        if wanted == self.live:
-            return
-        if wanted and wanted == self.deferred:
-            self._note(wanted)
-        elif not wanted and self._can_defer:
-            self._note((), deferred=self.live)
-        else:
-            self._write(wanted)
-
-    def settle(self) -> None:
-        """Write what was deferred: the originals, as nothing is live."""
-        if self.deferred:
-            self._write(())
-
-    def base_once(self) -> torch.Tensor:
-        """Return the base's weight for a forward pass without gradients, while values lie in it.
-
-        Returns:
-            (rows, cols). For the first pass a copy, in the dtype it computes in, which autocast
-            would have made as well; from the second on, as in generating, the weight, settled.
-        """
-        if self.copied:
-            return self.weight
-        if not torch.compiler.is_compiling():  # a compiled graph goes on with copies
-            self.__dict__["copied"] = True
-        weight = self._stored.data
-        copy = weight.to(product_dtype(weight), copy=True)
-        for subnet in self.subnets(self.deferred):
-            ops.scatter_(copy, subnet.indices, subnet.originals)
-        return copy
-
-    def flush(self) -> None:
-        """Write the live values into the weight again, after they were changed.
-
-        The optimizer hook and loading do this by themselves; call it after writing values by hand.
-        """
-        flush_all([self])
-
-    def forget_norms(self) -> None:
-        """Let go of the norms noted for ``clip="dense"``: a step comes after clipping."""
-        for subnet in self.live_subnets:
-            if subnet.offmask is not None:
-                subnet.offmask.forget()
-
-    def count_write(self) -> None:
-        """Note that the live values were written: a graph from before must not be used."""
-        self.__dict__["written"] += 1  # nn.Module's own way in takes 5 us
-
-    def rewrite(self) -> None:
-        """Make the weight hold what is live, whatever was written into it.
-
-        A loaded weight holds what was live when it was saved, which need not be live now.
-        """
-        for subnet in self.subnets(tuple(self.subnet_ft_values)):
-            ops.scatter_(self.weight.data, subnet.indices, subnet.originals)
-        self.flush()
-
-    @property
-    def _stored(self) -> nn.Parameter:
-        owner, leaf = self.owners[0]
-        return cast(nn.Parameter, owner.__dict__["_parameters"][leaf])
-
-    @property
-    def _can_defer(self) -> bool:
-        return self.in_place and all(
-            leaf == "weight" and is_linear(original_class(owner)) for owner, leaf in self.owners
-        )
-
-    def _note(self, live: tuple[str, ...], deferred: tuple[str, ...] = ()) -> None:
-        subnets = self.subnets(live)  # nn.Module's own way in takes 5 us an attribute
-        self.__dict__.update(live=live, live_subnets=subnets, deferred=deferred, copied=False)
-
-    def _write(self, adapters: tuple[str, ...]) -> None:
-        if self.deferred:
-            self._note(self.deferred)
-        weight = self._stored.data
-        if adapters != self.live or len(adapters) > 1:
-            for subnet in self.live_subnets:
-                ops.scatter_(weight, subnet.indices, subnet.originals)
-        self._note(adapters)
-        subnets = self.live_subnets
-        if len(subnets) == 1:
-            ops.scatter_(weight, subnets[0].indices, subnets[0].values.detach())
-        elif subnets:
-            indices, _, values = compose(subnets)
-            ops.scatter_(weight, indices, values)
+        self.hold(wanted)
 
     # PEFT's verbs, each followed by `sync`.
 
@@ -371,7 +210,3 @@ class SubnetLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Show the parameter in a printed model."""
         return f"{self.name}, shape={self.shape}"
-
-
-def _rewrite_after_load(layer: SubnetLayer, incompatible_keys: Any) -> None:
-    layer.rewrite()

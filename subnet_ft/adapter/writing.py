@@ -8,7 +8,7 @@ import torch
 from subnet_ft import ops
 
 if TYPE_CHECKING:
-    from subnet_ft.adapter.layer import SubnetLayer
+    from subnet_ft.adapter.live import LiveWeight
     from subnet_ft.adapter.subnet import Subnet
 
 
@@ -26,8 +26,8 @@ def read_entries(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return ops.gather(weight, indices, out)
 
 
-def flush_all(layers: Sequence["SubnetLayer"]) -> None:
-    """Do `SubnetLayer.flush` of many layers, in one pass over all of their weights."""
+def flush_all(layers: Sequence["LiveWeight"]) -> None:
+    """Do `LiveWeight.flush` of many layers, in one pass over all of their weights."""
     single = [layer for layer in layers if layer.in_place and len(layer.live_subnets) == 1]
     subnets = [layer.live_subnets[0] for layer in single]
     ops.scatter_many_(
