@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from statistics import median
@@ -29,14 +29,21 @@ class PhaseClock(TrainerCallback):
         trainer: Built, not yet training.
         module: Whose `use_adapter` switches its adapter off for a reference.
         at_step: Called before every optimizer step, when all gradients are there.
+        wait: Called before every step; what it takes does not count.
     """
 
-    def __init__(self, trainer: Any, module: Any, at_step: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        at_step: Callable[[], None],
+        wait: Callable[[], None] = lambda: None,
+    ) -> None:
         self.steps: list[dict[str, float]] = []
         self._now: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._mark = 0.0
-        self._at_step = at_step
+        self._at_step, self._wait = at_step, wait
         self._wrap(trainer, "compute_loss", "forward")
         self._wrap(trainer.accelerator, "backward", "backward")
         self._wrap(trainer.accelerator, "clip_grad_norm_", "clip")
@@ -50,9 +57,9 @@ class PhaseClock(TrainerCallback):
             module.use_adapter = self._timed_use_adapter
         trainer.add_callback(self)
 
-    def medians(self, warmup: int) -> dict[str, float]:
-        """Median seconds of each phase, and of the whole "step", after the first steps."""
-        steps = self.steps[warmup:]
+    @staticmethod
+    def medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Median seconds of each phase of these steps, and of the whole "step"."""
         names = {name for step in steps for name in step}
         return {name: median(step.get(name, 0.0) for step in steps) for name in sorted(names)}
 
@@ -97,6 +104,7 @@ class PhaseClock(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start a step."""
+        self._wait()
         self._charge()
         self._now.clear()
 

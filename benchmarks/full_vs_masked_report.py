@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import mean, median
+from statistics import mean, median, quantiles
 from typing import Any
 
 from rich.console import Console
@@ -13,8 +13,9 @@ from benchmarks.full_vs_masked_methods import FLASHOPTIM_BYTES, VARIANTS, Counts
 RULE = (
     "learning rates: as many trials a method, half a decade apart, at the first seed; its own is "
     "the one with the lowest mean training loss (highest reward) over the last third of the steps, "
-    "held-out rows take no part; edge: it is the first or last of its row. A ratio is the median "
-    "over rounds of that round's ratio; others are medians over rounds. state_per_parameter: "
+    "held-out rows take no part; edge: it is the first or last of its row. A step's ratio is the "
+    "median over steps of that step's ratio, of runs that take turns a step each, in company; its "
+    "range is the middle half. A peak's ratio is the median over rounds. state_per_parameter: "
     "everything but the reference and buffers. flush: the write of all values by itself, "
     "part of optimizer. Released gradients are stepped in backward. peak: over imports"
 )
@@ -37,6 +38,12 @@ def ratios(own: Runs, reference: Runs, key: str) -> list[float]:
     return [a[key] / b[key] for a, b in zip(own, reference, strict=True)]
 
 
+def step_ratios(own: Runs, reference: Runs) -> list[float]:
+    """Return every step's ratio of time."""
+    pairs = [(a["steps_seconds"], b["steps_seconds"]) for a, b in zip(own, reference, strict=True)]
+    return [x / y for mine, its in pairs for x, y in zip(mine, its, strict=True)]
+
+
 def cost_row(
     method: Method, mode: str, accumulation: int, batch: int, runs: Runs, full: Runs | None
 ) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def cost_row(
         accumulation: Forward passes a step.
         batch: Rows a forward pass.
         runs: A run a round.
-        full: Full finetuning's, of the same rounds; None where it did not run.
+        full: Full finetuning's, of the same companies; None where it did not run.
     """
     of = {key: median(run[key] for run in runs) for key in ("step_seconds", "peak_bytes")}
     last = runs[-1]
@@ -67,8 +74,8 @@ def cost_row(
         "expected_per_parameter": expected(method, mode, last),
         **of,
         "peak_ratio": median(ratios(runs, full, "peak_bytes")) if full else None,
-        "step_ratio": median(ratios(runs, full, "step_seconds")) if full else None,
-        "step_ratio_range": spread(ratios(runs, full, "step_seconds")) if full else None,
+        "step_ratio": median(step_ratios(runs, full)) if full else None,
+        "step_ratio_range": middle_half(step_ratios(runs, full)) if full else None,
         "phases": {
             name: median(run["phases"][name] for run in runs)
             for name in PHASES
@@ -124,7 +131,7 @@ def missing(method: Method, mode: str, accumulation: int, status: str) -> dict[s
 
 
 def pairs(cost: Mapping[tuple[str, str, int], Runs]) -> list[dict[str, Any]]:
-    """Set the mask of equal count against each rival, the reference had alike, round by round.
+    """Set the mask of equal count against each rival, the reference had alike.
 
     Args:
         cost: (method, mode, accumulation) -> its rounds.
@@ -138,7 +145,7 @@ def pairs(cost: Mapping[tuple[str, str, int], Runs]) -> list[dict[str, Any]]:
             its = cost.get((rival + variant, mode, accumulation))
             if not its or len(its) != len(own):
                 continue
-            steps = ratios(own, its, "step_seconds")
+            steps = step_ratios(own, its)
             peaks = ratios(own, its, "peak_bytes")
             found.append(
                 {
@@ -147,7 +154,7 @@ def pairs(cost: Mapping[tuple[str, str, int], Runs]) -> list[dict[str, Any]]:
                     "mode": mode,
                     "accumulation": accumulation,
                     "step_ratio": median(steps),
-                    "step_ratio_range": spread(steps),
+                    "step_ratio_range": middle_half(steps),
                     "peak_ratio": median(peaks),
                     "peak_ratio_range": spread(peaks),
                     "state_ratio": stored(own[-1]) / stored(its[-1]),
@@ -165,6 +172,12 @@ def stored(run: Mapping[str, Any]) -> int:
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Return the least and the most."""
     return min(values), max(values)
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile."""
+    low, _, high = quantiles([*values, *values], n=4, method="inclusive")
+    return low, high
 
 
 def best(trials: Mapping[float, Mapping[str, Any]], algorithm: str) -> float:

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -27,6 +28,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from benchmarks.full_vs_masked_data import exact, rows, sum_task, tokenizer_of
 from benchmarks.full_vs_masked_measure import PhaseClock, flush_seconds, state_bytes
 from benchmarks.full_vs_masked_methods import TOLERANCE, Counts, Method, Setup, all_methods, count
+from benchmarks.turns import Turn
 
 # isort: split
 from quickstart_run import peak_rss_bytes, trainable_parameters  # of examples/, as data's imports
@@ -61,6 +63,7 @@ class Spec:
         evaluate: Whether to measure on held-out rows.
         save: Directory for the trained model; None: it is only weighed.
         round: Tells runs apart that are otherwise the same.
+        company: The methods whose runs take turns with this one, itself among them; see `turns`.
     """
 
     model: str
@@ -78,6 +81,7 @@ class Spec:
     evaluate: bool = False
     save: str | None = None
     round: int = 0
+    company: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -93,6 +97,7 @@ def main() -> None:
 def run(spec: Spec) -> dict[str, Any]:
     """Train, and return all figures."""
     torch.set_num_threads(spec.threads)
+    wait = Turn().wait if spec.company else lambda: None
     before = psutil.Process().memory_info().rss
     method = all_methods()[spec.method]
     with tempfile.TemporaryDirectory() as directory:
@@ -102,7 +107,8 @@ def run(spec: Spec) -> dict[str, Any]:
             "device": trainer.model.device.type,
         }
         if spec.steps:
-            figures |= train(trainer, spec, method, before)
+            figures |= train(trainer, spec, before, wait)
+            wait()
         if spec.evaluate:
             figures["heldout"] = evaluate(trainer, spec, held_out)
         if spec.steps and not spec.evaluate:
@@ -201,18 +207,19 @@ def training_arguments(spec: Spec, method: Method, directory: Path) -> Any:
     return config(**arguments | of_algorithm[spec.algorithm] | dict(method.arguments))
 
 
-def train(trainer: Any, spec: Spec, method: Method, rss_before: int) -> dict[str, Any]:
-    """Train and measure."""
+def train(trainer: Any, spec: Spec, rss_before: int, wait: Callable[[], None]) -> dict[str, Any]:
+    """Train and measure, waiting for a turn before each step."""
     state: dict[str, int] = {}
 
     def at_step() -> None:
         # The first step makes the optimizer's state: weigh a later one, where there is one.
         state.update(state_bytes(trainer))
 
-    clock = PhaseClock(trainer, importlib.import_module(type(trainer).__module__), at_step)
+    clock = PhaseClock(trainer, importlib.import_module(type(trainer).__module__), at_step, wait)
     trainer.train()
     clock.close()
-    phases = clock.medians(min(spec.warmup, spec.steps - 1))
+    timed = clock.steps[min(spec.warmup, spec.steps - 1) :]
+    phases = clock.medians(timed)
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     rewards = [e["reward"] for e in trainer.state.log_history if "reward" in e]
     peak = (
@@ -228,7 +235,7 @@ def train(trainer: Any, spec: Spec, method: Method, rss_before: int) -> dict[str
         "state_bytes": state,
         "peak_bytes": peak,
         "step_seconds": step,
-        "steps_seconds": [s["step"] for s in clock.steps],
+        "steps_seconds": [step["step"] for step in timed],
         "phases": phases if flush is None else phases | {"flush": flush},
         "losses": losses,
         "rewards": rewards,

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,24 @@ import torch
 import subnet_ft
 from benchmarks.full_vs_masked_data import model_path
 from benchmarks.full_vs_masked_methods import Counts, Method, all_methods
-from benchmarks.full_vs_masked_report import best, cost_row, documented, learning_row, missing
+from benchmarks.full_vs_masked_report import (
+    MASKED,
+    RIVALS,
+    VARIED,
+    best,
+    cost_row,
+    documented,
+    learning_row,
+    missing,
+)
 from benchmarks.full_vs_masked_run import Spec, counts_of
 from benchmarks.optimizer import machine
+from benchmarks.turns import take_turns
 from subnet_ft import SubnetMask, extract_mask
 
 ROOT = Path(__file__).parent.parent
+Cell = tuple[Method, str, int]  # a row of the cost stage: method, mode, accumulation
+Key = tuple[str, str, int]  # the same, by the method's name
 SCOUT_SEED = 100
 ACCUMULATION = 16
 # A found mask of a budget costs what a random one does.
@@ -71,27 +84,32 @@ class Bench:
 
     def run(self, spec: Spec) -> dict[str, Any]:
         """Return a run's figures, made now where there are none; "failed" if it did."""
-        text = json.dumps(asdict(spec), sort_keys=True)
-        key = text + json.dumps(self.machine(), sort_keys=True)  # figures are a machine's
-        output = self.runs / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        output = self.output_of(spec)
         if not output.exists():
-            specification = output.with_suffix(".spec")
-            specification.write_text(text)
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.full_vs_masked_run"]
-            log = output.with_suffix(".log")
-            with log.open("w") as stream:
-                code = subprocess.run(
-                    [*command, str(specification), str(output)],
-                    cwd=ROOT,
-                    env=os.environ | QUIET | {"OMP_NUM_THREADS": str(spec.threads)},
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                ).returncode
-            if code:
-                print(f"{spec.method}, {spec.mode}: failed, see {log}", flush=True)
-                return {"failed": log.read_text().strip().splitlines()[-1:]}
-        figures: dict[str, Any] = json.loads(output.read_text())
-        return figures
+            with output.with_suffix(".log").open("w") as log:
+                subprocess.run(**child(spec, output), stdout=log, stderr=subprocess.STDOUT)
+        return figures_of(spec, output)
+
+    def run_together(self, specs: list[Spec]) -> list[dict[str, Any]]:
+        """Do `run` with a company, whose runs take turns; where one is missing, with all of it."""
+        if len(specs) == 1:
+            return [self.run(specs[0])]
+        outputs = [self.output_of(spec) for spec in specs]
+        if not all(output.exists() for output in outputs):
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+            with ExitStack() as stack:
+                children = []
+                for spec, output in zip(specs, outputs, strict=True):
+                    log = stack.enter_context(output.with_suffix(".log").open("w"))
+                    process = subprocess.Popen(**child(spec, output), stderr=log, **pipes)
+                    children.append(stack.enter_context(process))
+                take_turns(children)
+        return [figures_of(spec, output) for spec, output in zip(specs, outputs, strict=True)]
+
+    def output_of(self, spec: Spec) -> Path:
+        """Where a run's figures lie, which are a machine's."""
+        key = describe(spec) + json.dumps(self.machine(), sort_keys=True)
+        return self.runs / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     def find_masks(self) -> dict[str, Any] | None:
         """Make the prior run and its masks, if a method needs them; describe them."""
@@ -158,44 +176,57 @@ class Bench:
         methods = (self.methods[name] for name in self.options.learn)
         return [m for m in methods if m.installed and self.options.algo in m.algorithms]
 
-    def cost(self) -> tuple[dict[tuple[str, str, int], list[Any]], list[dict[str, Any]]]:
+    def cost(self) -> tuple[dict[Key, list[Any]], list[dict[str, Any]]]:
         """Time and weigh every method; return its rounds, and the rows."""
         o = self.options
         cells = [(m, mode, 1) for mode in o.modes for m in self.timed() if mode in m.modes]
         if "memory" in o.modes:
             cells += [(self.methods[n], "memory", ACCUMULATION) for n in o.accumulated]
-        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-        rounds: dict[tuple[str, str, int], list[Any]] = {}
+        rows: dict[Key, dict[str, Any]] = {}
+        rounds: dict[Key, list[Any]] = {}
+        for cell in cells:
+            if cell[0].documented:
+                rows[key_of(cell)] = documented(cell[0], self.counts)
+            elif not cell[0].installed:
+                rows[key_of(cell)] = missing(*cell, "not installed")
         for number in range(o.rounds):
-            for method, mode, accumulation in cells:
-                key = (method.name, mode, accumulation)
-                if method.documented:
-                    rows[key] = documented(method, self.counts)
-                elif not method.installed:
-                    rows[key] = missing(method, mode, accumulation, "not installed")
-                elif key not in rows:
-                    figures = self.run(self.cost_spec(method, mode, accumulation, number))
-                    say(number, key, figures)
+            left = [cell for cell in cells if key_of(cell) not in rows]
+            for company in companies(left, o.together):
+                for cell, figures in self.keep_company(company, number, rounds):
+                    say(number, key_of(cell), figures)
                     if "failed" in figures:
-                        rows[key] = missing(method, mode, accumulation, "failed")
-                        rounds.pop(key, None)
-                    else:
-                        rounds.setdefault(key, []).append(figures)
-        for method, mode, accumulation in cells:
-            key = (method.name, mode, accumulation)
-            if key not in rows:
-                batch = o.batch if accumulation == 1 else self.micro_batch()
-                full = rounds.get(("full", mode, accumulation))
-                rows[key] = cost_row(method, mode, accumulation, batch, rounds[key], full)
-        return rounds, [rows[m.name, mode, a] for m, mode, a in cells]
+                        rows[key_of(cell)] = missing(*cell, "failed")
+        for cell in cells:
+            if (key := key_of(cell)) not in rows:
+                batch = o.batch if cell[2] == 1 else self.micro_batch()
+                full = [run["full"] for run in rounds[key]]
+                rows[key] = cost_row(*cell, batch, rounds[key], full if all(full) else None)
+        return rounds, [rows[key_of(cell)] for cell in cells]
+
+    def keep_company(
+        self, company: list[Cell], number: int, rounds: dict[Key, list[Any]]
+    ) -> list[tuple[Cell, dict[str, Any]]]:
+        """Run a company; add each one's figures, and full finetuning's beside, to its rounds."""
+        names = tuple(method.name for method, *_ in company) if len(company) > 1 else ()
+        specs = [self.cost_spec(*cell, number, names) for cell in company]
+        found = list(zip(company, self.run_together(specs), strict=True))
+        of_round = {key: runs[number] for key, runs in rounds.items() if len(runs) > number}
+        of_company = {key_of(cell): figures for cell, figures in found if "failed" not in figures}
+        for key, figures in of_company.items():
+            if key not in of_round:  # full finetuning is in every company
+                full = (of_round | of_company).get(("full", *key[1:]))
+                rounds.setdefault(key, []).append(figures | {"full": full})
+        return found
 
     def micro_batch(self) -> int:
         """Rows a forward pass where gradients accumulate."""
         return max(1, self.options.batch // 4)
 
-    def cost_spec(self, method: Method, mode: str, accumulation: int, number: int) -> Spec:
+    def cost_spec(
+        self, method: Method, mode: str, accumulation: int, number: int, company: tuple[str, ...]
+    ) -> Spec:
         """Return a run of the cost stage; with accumulation, fewer and smaller steps."""
-        more: dict[str, Any] = {"round": number}
+        more: dict[str, Any] = {"round": number, "company": company}
         if accumulation > 1:
             more |= {"accumulation": accumulation, "batch": self.micro_batch()}
             more |= {"steps": max(2, self.options.steps // 2), "warmup": 1}
@@ -266,13 +297,71 @@ class Bench:
             "algo": o.algo,
             "batch": o.batch,
             "rounds": o.rounds,
+            "together": o.together,
             "steps": o.steps,
             "warmup": 2,
             "learning": None if o.stage == "cost" else learned,
         }
 
 
-def say(number: int, key: tuple[str, str, int], figures: dict[str, Any]) -> None:
+def companies(cells: list[Cell], size: int) -> list[list[Cell]]:
+    """Split the cost stage into companies whose runs take turns, full finetuning in each.
+
+    Those of one table whose ratios to one another are stated come together, if they fit.
+
+    Args:
+        cells: All.
+        size: Of a company; 1: every run for itself.
+    """
+    compared = {MASKED, *RIVALS}
+    tables: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        name, *kind = key_of(cell)
+        variant = next((v for v in VARIED if v and name.endswith(v)), "")
+        tables.setdefault((*kind, variant, name in compared), []).append(cell)
+    split = []
+    for (mode, accumulation, *_), table in tables.items():
+        full = [c for c in cells if key_of(c) == ("full", mode, accumulation)]
+        guests = full if size > 1 and table != full else []
+        own = [cell for cell in table if cell not in guests]
+        room = size - len(guests)
+        split += [guests + own[i : i + room] for i in range(0, len(own), room)]
+    return split
+
+
+def key_of(cell: Cell) -> Key:
+    """Name a cell."""
+    return cell[0].name, *cell[1:]
+
+
+def describe(spec: Spec) -> str:
+    """Write a specification as JSON."""
+    return json.dumps(asdict(spec), sort_keys=True)
+
+
+def child(spec: Spec, output: Path) -> dict[str, Any]:
+    """How a process of a run is started."""
+    specification = output.with_suffix(".spec")
+    specification.write_text(describe(spec))
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.full_vs_masked_run"]
+    return {
+        "args": [*command, str(specification), str(output)],
+        "cwd": ROOT,
+        "env": os.environ | QUIET | {"OMP_NUM_THREADS": str(spec.threads)},
+    }
+
+
+def figures_of(spec: Spec, output: Path) -> dict[str, Any]:
+    """Read the figures of a run that has ended; "failed" if there are none."""
+    if not output.exists():
+        log = output.with_suffix(".log")
+        print(f"{spec.method}, {spec.mode}: failed, see {log}", flush=True)
+        return {"failed": log.read_text().strip().splitlines()[-1:]}
+    figures: dict[str, Any] = json.loads(output.read_text())
+    return figures
+
+
+def say(number: int, key: Key, figures: dict[str, Any]) -> None:
     """Print a line a run."""
     name, mode, accumulation = key
     what = f"round {number + 1}: {name}, {mode}, accumulation {accumulation}"

@@ -17,11 +17,15 @@ pytest.importorskip("reasoning_gym")
 from benchmarks import full_vs_masked
 from benchmarks.full_vs_masked_data import character_tokenizer, rows, sum_task
 from benchmarks.full_vs_masked_methods import TOLERANCE, all_methods, count
-from benchmarks.full_vs_masked_report import expected, stored
+from benchmarks.full_vs_masked_report import MASKED, RIVALS, expected, step_ratios, stored
 from benchmarks.full_vs_masked_run import Spec, build, counts_of, run
+from benchmarks.full_vs_masked_stages import Bench, companies, key_of
 from benchmarks.optimizer import smollm2, storage_bytes
+from benchmarks.turns import take_turns
 from subnet_ft import SubnetMask
 from tests.helpers import snapshot
+
+ROOT = Path(__file__).parents[1]
 
 METHODS = {name: m for name, m in all_methods().items() if not m.documented and m.installed}
 
@@ -172,13 +176,13 @@ def test_held_out_rows_are_not_trained_on(algorithm) -> None:
 def test_a_second_bench_makes_no_run_again(model, tmp_path, monkeypatch, capsys) -> None:
     calls = []
 
-    def child(command: list[str], **kwargs: Any) -> Any:
-        given = Spec(**json.loads(Path(command[-2]).read_text()))
+    def child(args: list[str], **kwargs: Any) -> Any:
+        given = Spec(**json.loads(Path(args[-2]).read_text()))
         calls.append(given.method)
         if given.method == "SHiRA":
-            return subprocess.CompletedProcess(command, 1)
-        Path(command[-1]).write_text(json.dumps(run(given)))
-        return subprocess.CompletedProcess(command, 0)
+            return subprocess.CompletedProcess(args, 1)
+        Path(args[-1]).write_text(json.dumps(run(given)))
+        return subprocess.CompletedProcess(args, 0)
 
     monkeypatch.setattr(subprocess, "run", child)
     options = ["--model", str(model), "--algo", "sft", "--rounds", "2", "--steps", "2"]
@@ -186,6 +190,7 @@ def test_a_second_bench_makes_no_run_again(model, tmp_path, monkeypatch, capsys)
     options += ["full, FlashOptim", "--learn", "masked found 5%", "--accumulated", "full"]
     options += ["--learn-steps", "2", "--seeds", "2", "--trials", "2", "--modes", "memory"]
     options += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path), "--jobs", "1"]
+    options += ["--together", "1"]
     monkeypatch.setattr(sys, "argv", ["full_vs_masked", *options])
     full_vs_masked.main()
     first = json.loads((tmp_path / "full_vs_masked_sft.json").read_text())
@@ -202,6 +207,82 @@ def test_a_second_bench_makes_no_run_again(model, tmp_path, monkeypatch, capsys)
     assert calls == ["SHiRA"]
     second = json.loads((tmp_path / "full_vs_masked_sft.json").read_text())
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_what_is_compared_takes_turns_and_full_is_in_every_company() -> None:
+    methods = all_methods()
+    cells = [(m, mode, 1) for mode in ("memory", "fidelity") for m in methods.values()]
+    cells += [(methods[name], "memory", 16) for name in ("full", MASKED)]
+    split = companies(cells, 6)
+    assert all(company[0][0].name == "full" and len(company) <= 6 for company in split)
+    assert all(len({cell[1:] for cell in company}) == 1 for company in split)
+    members = [key_of(cell) for company in split for cell in company[1:]]
+    assert sorted(members) == sorted(key_of(c) for c in cells if c[0].name != "full")
+    for mode in ("memory", "fidelity"):
+        together = [{c[0].name for c in company} for company in split if company[0][1] == mode]
+        assert {MASKED, *RIVALS} in together
+        assert any(f"{MASKED}, beta 0.04" in t and "SHiRA, beta 0.04" in t for t in together)
+    assert companies(cells, 1) and all(len(company) == 1 for company in companies(cells, 1))
+    assert companies(cells[:1], 6) == [cells[:1]]
+
+
+def test_a_ratio_is_of_runs_in_company() -> None:
+    """Each method's full finetuning is that of its own company, not another's."""
+    bench = Bench.__new__(Bench)
+    pace = {"a": 1.0, "b": 3.0}
+    bench.cost_spec = lambda method, *rest: (method.name, rest[-1])  # type: ignore[method-assign]
+
+    def run_together(specs: list[Any]) -> list[dict[str, Any]]:
+        slow = pace["b" if "SHiRA" in specs[0][1] else "a"]
+        return [{"steps_seconds": [slow * (2 if n == "full" else 1)]} for n, _ in specs]
+
+    bench.run_together = run_together  # type: ignore[method-assign]
+    methods, rounds = all_methods(), {}
+    full, own, rival = ((methods[name], "memory", 1) for name in ("full", MASKED, "SHiRA"))
+    bench.keep_company([full, own], 0, rounds)
+    bench.keep_company([full, rival], 0, rounds)
+    for cell in (full, own, rival):
+        (run_,) = rounds[key_of(cell)]
+        expected_ratio = 1.0 if cell is full else 0.5
+        assert step_ratios([run_], [run_["full"]]) == [expected_ratio]
+
+
+CHILD = """
+import sys, time
+from benchmarks.turns import Turn
+turn, (name, steps, log) = Turn(), sys.argv[1:]
+for step in range(int(steps)):
+    turn.wait()
+    print("what a library says does not take a turn", flush=True)
+    with open(log, "a") as file:
+        file.write(f"{name}{step} ")
+        file.flush()
+        time.sleep(0.02)
+        file.write(". ")
+"""
+
+
+def test_processes_take_turns(tmp_path) -> None:
+    """A step each, never two at a time; one that ends, or fails at once, holds up no other."""
+    log, pipe = tmp_path / "log", subprocess.PIPE
+    wanted = {"a": 3, "b": 1, "broken": "x", "c": 3}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, name, str(steps), str(log)],
+            cwd=ROOT,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        for name, steps in wanted.items()
+    ]
+    take_turns(children)
+    assert [child.wait() for child in children] == [0, 0, 1, 0]
+    assert log.read_text() == "a0 . b0 . c0 . a1 . c1 . a2 . c2 . "
+    for child in children:
+        child.stdin.close()
+        child.stdout.close()
 
 
 def test_an_unknown_method_is_named(capsys) -> None:
