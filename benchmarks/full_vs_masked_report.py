@@ -176,6 +176,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def middle_half(values: Sequence[float]) -> tuple[float, float]:
     """Return the first and the third quartile."""
+    # Of every value twice: a single one has quartiles too.
     low, _, high = quantiles([*values, *values], n=4, method="inclusive")
     return low, high
 

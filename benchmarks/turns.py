@@ -1,7 +1,7 @@
 """Processes that take turns, a step each: what one is compared with ran a moment before it.
 
-A machine's pace drifts over minutes, on a shared one by a third; of two runs one after the other a
-ratio then says little. Processes, not threads, so that each one's memory is its own.
+A shared machine's pace drifts over minutes: of two runs one after the other a ratio then says
+little. Processes, not threads, so that each one's memory is its own.
 """
 
 import os

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MaskedLinear(torch.autograd.Function):
-    """A linear layer that keeps its inputs for backward, and nothing of its weight.
+    """A linear layer that keeps its inputs for backward, and no copy of its weight.
 
     Inputs' and compact gradients come at once: an optimizer may step the values, and with them the
     weight, as soon as they have theirs.
