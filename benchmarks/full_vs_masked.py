@@ -53,7 +53,7 @@ LEARN = [
 ACCUMULATED = ["full", "masked random 5%", "LoRA r=16"]
 DEFAULTS: dict[str, Any] = {
     "model": "SmolLM2-135M", "algo": "dpo", "methods": None, "learn": LEARN,
-    "accumulated": ACCUMULATED, "rounds": None, "steps": 10, "batch": None, "rate": 1e-5,
+    "accumulated": ACCUMULATED, "rounds": None, "steps": 16, "batch": None, "rate": 1e-5,
     "learn_steps": 20, "learn_batch": None, "seeds": 2, "trials": 3, "factors": {},
 }  # fmt: skip
 QUICK: dict[str, Any] = DEFAULTS | {
