@@ -53,13 +53,12 @@ LEARN = [
 ACCUMULATED = ["full", "masked random 5%", "LoRA r=16"]
 DEFAULTS: dict[str, Any] = {
     "model": "SmolLM2-135M", "algo": "dpo", "methods": None, "learn": LEARN,
-    "accumulated": ACCUMULATED, "rounds": None, "steps": 16, "batch": None, "rate": 1e-5,
+    "accumulated": ACCUMULATED, "steps": 16, "batch": None, "rate": 1e-5,
     "learn_steps": 20, "learn_batch": None, "seeds": 2, "trials": 3, "factors": {},
 }  # fmt: skip
 QUICK: dict[str, Any] = DEFAULTS | {
     "model": SMALL, "algo": "sft", "methods": EIGHT, "learn": EIGHT, "accumulated": [],
-    "rounds": None, "steps": 16, "batch": 128, "rate": 1e-3,
-    "learn_steps": 150, "learn_batch": 16, "seeds": 2, "trials": 3,
+    "batch": 128, "rate": 1e-3, "learn_steps": 150, "learn_batch": 16,
     "factors": {"LoRA r=16": 5, "masked found": 1},
 }  # fmt: skip
 TOGETHER, ROUNDS_ALONE = 6, 3
