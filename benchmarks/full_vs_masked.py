@@ -8,8 +8,10 @@ MODEL is a directory or a hub id of any causal language model. Every run is TRL'
 process of its own (`full_vs_masked_run`); a method is an entry of `full_vs_masked_methods`.
 
 Cost: methods take turns, a step each, some at a time (`turns`); a ratio is the median over steps of
-that step's ratio to full finetuning's. On a GPU, where not several fit, one after the other, in
-rounds. One table has fp32 weights under bf16 autocast (fidelity), one a bf16 base (memory).
+that step's ratio to full finetuning's. The pace of two processes with the same work differs too, so
+that what is compared at equal count runs in several rounds of new ones. On a GPU, where not several
+fit, all run so, one after the other. One table has fp32 weights under bf16 autocast (fidelity), one
+a bf16 base (memory).
 Learning: as many learning rates a method, chosen by training loss (reward) at one seed, then
 further seeds; held-out figures take no part in the choice. A mask is found by a full run at a seed
 that is not compared.
@@ -53,15 +55,15 @@ LEARN = [
 ACCUMULATED = ["full", "masked random 5%", "LoRA r=16"]
 DEFAULTS: dict[str, Any] = {
     "model": "SmolLM2-135M", "algo": "dpo", "methods": None, "learn": LEARN,
-    "accumulated": ACCUMULATED, "steps": 16, "batch": None, "rate": 1e-5,
+    "accumulated": ACCUMULATED, "steps": 10, "batch": None, "rate": 1e-5,
     "learn_steps": 20, "learn_batch": None, "seeds": 2, "trials": 3, "factors": {},
 }  # fmt: skip
 QUICK: dict[str, Any] = DEFAULTS | {
     "model": SMALL, "algo": "sft", "methods": EIGHT, "learn": EIGHT, "accumulated": [],
-    "batch": 128, "rate": 1e-3, "learn_steps": 150, "learn_batch": 16,
+    "steps": 16, "batch": 128, "rate": 1e-3, "learn_steps": 150, "learn_batch": 16,
     "factors": {"LoRA r=16": 5, "masked found": 1},
 }  # fmt: skip
-TOGETHER, ROUNDS_ALONE = 6, 3
+TOGETHER, ROUNDS = 6, 3
 BATCHES = {"sft": 8, "dpo": 4, "grpo": 32}
 
 
@@ -103,7 +105,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--learn", nargs="+", help="methods of the learning stage")
     add("--accumulated", nargs="*", help=f"methods also timed at accumulation {ACCUMULATION}")
     add("--modes", nargs="+", default=["fidelity", "memory"], choices=["fidelity", "memory"])
-    add("--rounds", type=int, help=f"of the cost stage; 1, {ROUNDS_ALONE} where none take turns")
+    add("--rounds", type=int, help=f"of what is compared; {ROUNDS}, 1 with --quick taking turns")
     add("--together", type=int, help=f"runs taking turns, all in memory; {TOGETHER}, 1 on a GPU")
     add("--steps", type=int, help="of a run of the cost stage, two of them not timed")
     add("--batch", type=int, help="rows a forward pass of the cost stage")
@@ -121,7 +123,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name, None) is None:
             setattr(options, name, value)
     options.together = options.together or (1 if torch.cuda.is_available() else TOGETHER)
-    options.rounds = options.rounds or (ROUNDS_ALONE if options.together == 1 else 1)
+    options.rounds = options.rounds or (1 if options.quick and options.together > 1 else ROUNDS)
     options.batch = options.batch or BATCHES[options.algo]
     options.learn_batch = options.learn_batch or BATCHES[options.algo]
     options.jobs = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)

@@ -15,7 +15,8 @@ RULE = (
     "the one with the lowest mean training loss (highest reward) over the last third of the steps, "
     "held-out rows take no part; edge: it is the first or last of its row. A step's ratio is the "
     "median over steps of that step's ratio, of runs that take turns a step each, in company; its "
-    "range is the middle half. A peak's ratio is the median over rounds. state_per_parameter: "
+    "range is the middle half. Rounds: of what stands in pairs, all others take part in the first, "
+    "if any take turns. A peak's ratio is the median over rounds. state_per_parameter: "
     "everything but the reference and buffers. flush: the write of all values by itself, "
     "part of optimizer. Released gradients are stepped in backward. peak: over imports"
 )
@@ -155,6 +156,9 @@ def pairs(cost: Mapping[tuple[str, str, int], Runs]) -> list[dict[str, Any]]:
                     "accumulation": accumulation,
                     "step_ratio": median(steps),
                     "step_ratio_range": middle_half(steps),
+                    "step_ratio_rounds": [
+                        median(step_ratios([a], [b])) for a, b in zip(own, its, strict=True)
+                    ],
                     "peak_ratio": median(peaks),
                     "peak_ratio_range": spread(peaks),
                     "state_ratio": stored(own[-1]) / stored(its[-1]),

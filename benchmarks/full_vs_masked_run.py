@@ -99,6 +99,7 @@ def run(spec: Spec) -> dict[str, Any]:
     torch.set_num_threads(spec.threads)
     wait = Turn().wait if spec.company else lambda: None
     before = psutil.Process().memory_info().rss
+    wait()
     method = all_methods()[spec.method]
     with tempfile.TemporaryDirectory() as directory:
         trainer, held_out = build(spec, method, Path(directory))
@@ -208,7 +209,7 @@ def training_arguments(spec: Spec, method: Method, directory: Path) -> Any:
 
 
 def train(trainer: Any, spec: Spec, rss_before: int, wait: Callable[[], None]) -> dict[str, Any]:
-    """Train and measure, waiting for a turn before each step."""
+    """Train and measure; before each step a turn ends, and the next is waited for."""
     state: dict[str, int] = {}
 
     def at_step() -> None:

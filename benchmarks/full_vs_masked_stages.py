@@ -191,6 +191,8 @@ class Bench:
                 rows[key_of(cell)] = missing(*cell, "not installed")
         for number in range(o.rounds):
             left = [cell for cell in cells if key_of(cell) not in rows]
+            if number and o.together > 1:
+                left = [cell for cell in left if is_compared(cell)]
             for company in companies(left, o.together):
                 for cell, figures in self.keep_company(company, number, rounds):
                     say(number, key_of(cell), figures)
@@ -207,6 +209,8 @@ class Bench:
         self, company: list[Cell], number: int, rounds: dict[Key, list[Any]]
     ) -> list[tuple[Cell, dict[str, Any]]]:
         """Run a company; add each one's figures, and full finetuning's beside, to its rounds."""
+        first = number % len(company)
+        company = company[first:] + company[:first]  # no one always follows the same other
         names = tuple(method.name for method, *_ in company) if len(company) > 1 else ()
         specs = [self.cost_spec(*cell, number, names) for cell in company]
         found = list(zip(company, self.run_together(specs), strict=True))
@@ -313,12 +317,10 @@ def companies(cells: list[Cell], size: int) -> list[list[Cell]]:
         cells: All.
         size: Of a company; 1: every run for itself.
     """
-    compared = {MASKED, *RIVALS}
     tables: dict[Any, list[Cell]] = {}
     for cell in cells:
-        name, *kind = key_of(cell)
-        variant = next((v for v in VARIED if v and name.endswith(v)), "")
-        tables.setdefault((*kind, variant, name in compared), []).append(cell)
+        kind = (*key_of(cell)[1:], variant_of(cell), is_compared(cell))
+        tables.setdefault(kind, []).append(cell)
     split = []
     for (mode, accumulation, *_), table in tables.items():
         full = [c for c in cells if key_of(c) == ("full", mode, accumulation)]
@@ -327,6 +329,16 @@ def companies(cells: list[Cell], size: int) -> list[list[Cell]]:
         room = size - len(guests)
         split += [guests + own[i : i + room] for i in range(0, len(own), room)]
     return split
+
+
+def is_compared(cell: Cell) -> bool:
+    """Whether its ratio to the mask of equal count is stated, and so taken in every round."""
+    return cell[0].name.removesuffix(variant_of(cell)) in {MASKED, *RIVALS}
+
+
+def variant_of(cell: Cell) -> str:
+    """Return the end of a method's name that says how it has its reference."""
+    return next((v for v in VARIED if v and cell[0].name.endswith(v)), "")
 
 
 def key_of(cell: Cell) -> Key:

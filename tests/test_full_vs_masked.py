@@ -1,5 +1,6 @@
 """The reference comparison: counts that are equal, what each method trains, runs that are kept."""
 
+import argparse
 import gc
 import json
 import subprocess
@@ -27,6 +28,19 @@ from tests.helpers import snapshot
 
 ROOT = Path(__file__).parents[1]
 
+# A run of the cost stage that took no time to make.
+FIGURES: dict[str, Any] = {
+    "parameters": 100,
+    "trainable": 5,
+    "state_bytes": {"weights": 200},
+    "peak_bytes": 1000,
+    "step_seconds": 1.0,
+    "steps_seconds": [1.0],
+    "phases": {},
+    "checkpoint_bytes": 10,
+    "generation_seconds": 1.0,
+    "generation_merged_seconds": None,
+}
 METHODS = {name: m for name, m in all_methods().items() if not m.documented and m.installed}
 
 
@@ -224,6 +238,33 @@ def test_what_is_compared_takes_turns_and_full_is_in_every_company() -> None:
         assert any(f"{MASKED}, beta 0.04" in t and "SHiRA, beta 0.04" in t for t in together)
     assert companies(cells, 1) and all(len(company) == 1 for company in companies(cells, 1))
     assert companies(cells[:1], 6) == [cells[:1]]
+
+
+@pytest.mark.parametrize("together", [6, 1])
+def test_only_what_is_compared_has_further_rounds(together) -> None:
+    """Taking turns, and no one always goes first; alone all have them, as ratios are of rounds."""
+    compared = ["full", MASKED, "SHiRA"]
+    names = [*compared, f"{MASKED}, reference precomputed", "DoRA r=16"]
+    bench = Bench.__new__(Bench)
+    bench.methods, bench.counts = all_methods(), None  # type: ignore[assignment]
+    bench.options = argparse.Namespace(
+        modes=["memory"], methods=names, algo="dpo", accumulated=[], rounds=3, together=together
+    )
+    bench.options.batch = 4
+    bench.cost_spec = lambda method, *rest: method.name  # type: ignore[method-assign]
+    order = []
+
+    def run_together(specs: list[str]) -> list[dict[str, Any]]:
+        order.append(specs)
+        return [dict(FIGURES) for _ in specs]
+
+    bench.run_together = run_together  # type: ignore[method-assign]
+    rounds, _ = bench.cost()
+    assert {name: len(runs) for (name, *_), runs in rounds.items()} == {
+        name: 1 if together > 1 and name == "DoRA r=16" else 3 for name in names
+    }
+    if together > 1:
+        assert [specs[0] for specs in order if set(specs) == set(compared)] == compared
 
 
 def test_a_ratio_is_of_runs_in_company() -> None:
