@@ -55,7 +55,7 @@ LEARN = [
 ACCUMULATED = ["full", "masked random 5%", "LoRA r=16"]
 DEFAULTS: dict[str, Any] = {
     "model": "SmolLM2-135M", "algo": "dpo", "methods": None, "learn": LEARN,
-    "accumulated": ACCUMULATED, "steps": 10, "batch": None, "rate": 1e-5,
+    "accumulated": ACCUMULATED, "steps": 14, "batch": None, "rate": 1e-5,
     "learn_steps": 20, "learn_batch": None, "seeds": 2, "trials": 3, "factors": {},
 }  # fmt: skip
 QUICK: dict[str, Any] = DEFAULTS | {
@@ -63,7 +63,7 @@ QUICK: dict[str, Any] = DEFAULTS | {
     "steps": 16, "batch": 128, "rate": 1e-3, "learn_steps": 150, "learn_batch": 16,
     "factors": {"LoRA r=16": 5, "masked found": 1},
 }  # fmt: skip
-TOGETHER, ROUNDS = 6, 3
+TOGETHER, ROUNDS, ROUNDS_ALONE = 6, 8, 3
 BATCHES = {"sft": 8, "dpo": 4, "grpo": 32}
 
 
@@ -105,7 +105,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--learn", nargs="+", help="methods of the learning stage")
     add("--accumulated", nargs="*", help=f"methods also timed at accumulation {ACCUMULATION}")
     add("--modes", nargs="+", default=["fidelity", "memory"], choices=["fidelity", "memory"])
-    add("--rounds", type=int, help=f"of what is compared; {ROUNDS}, 1 with --quick taking turns")
+    add(
+        "--rounds",
+        type=int,
+        help=f"of what is compared; {ROUNDS}, 1 with --quick, {ROUNDS_ALONE} alone",
+    )
     add("--together", type=int, help=f"runs taking turns, all in memory; {TOGETHER}, 1 on a GPU")
     add("--steps", type=int, help="of a run of the cost stage, two of them not timed")
     add("--batch", type=int, help="rows a forward pass of the cost stage")
@@ -123,7 +127,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name, None) is None:
             setattr(options, name, value)
     options.together = options.together or (1 if torch.cuda.is_available() else TOGETHER)
-    options.rounds = options.rounds or (1 if options.quick and options.together > 1 else ROUNDS)
+    in_turn = 1 if options.quick else ROUNDS
+    options.rounds = options.rounds or (ROUNDS_ALONE if options.together == 1 else in_turn)
     options.batch = options.batch or BATCHES[options.algo]
     options.learn_batch = options.learn_batch or BATCHES[options.algo]
     options.jobs = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)

@@ -15,8 +15,9 @@ RULE = (
     "the one with the lowest mean training loss (highest reward) over the last third of the steps, "
     "held-out rows take no part; edge: it is the first or last of its row. A step's ratio is the "
     "median over steps of that step's ratio, of runs that take turns a step each, in company; its "
-    "range is the middle half. Rounds: of what stands in pairs, all others take part in the first, "
-    "if any take turns. A peak's ratio is the median over rounds. state_per_parameter: "
+    "range is the middle half. Rounds: of what stands in pairs, with no accumulation and a "
+    "reference as the trainer has it; all others take part in the first, if any take turns. A "
+    "peak's ratio is the median over rounds. state_per_parameter: "
     "everything but the reference and buffers. flush: the write of all values by itself, "
     "part of optimizer. Released gradients are stepped in backward. peak: over imports"
 )
@@ -60,8 +61,8 @@ def cost_row(
     """
     of = {key: median(run[key] for run in runs) for key in ("step_seconds", "peak_bytes")}
     last = runs[-1]
-    generation = ("generation_seconds", "generation_merged_seconds")
-    row = {
+    of_first = ("checkpoint_bytes", "generation_seconds", "generation_merged_seconds")
+    return {
         "method": method.name,
         "group": method.group,
         "mode": mode,
@@ -82,11 +83,8 @@ def cost_row(
             for name in PHASES
             if name in last["phases"]
         },
-        "checkpoint_bytes": last["checkpoint_bytes"],
+        **{key: runs[0][key] for key in of_first},
     }
-    for key in generation:
-        row[key] = None if last[key] is None else median(run[key] for run in runs)
-    return row
 
 
 def expected(method: Method, mode: str, run: Mapping[str, Any]) -> float | None:

@@ -62,7 +62,7 @@ class Spec:
         mask: A mask file, for those that need it.
         evaluate: Whether to measure on held-out rows.
         save: Directory for the trained model; None: it is only weighed.
-        round: Tells runs apart that are otherwise the same.
+        round: Tells runs apart that are otherwise the same. Only the first generates and saves.
         company: The methods whose runs take turns with this one, itself among them; see `turns`.
     """
 
@@ -112,7 +112,7 @@ def run(spec: Spec) -> dict[str, Any]:
             wait()
         if spec.evaluate:
             figures["heldout"] = evaluate(trainer, spec, held_out)
-        if spec.steps and not spec.evaluate:
+        if spec.steps and not spec.evaluate and spec.round == 0:
             figures |= generation(trainer)
             figures["checkpoint_bytes"] = saved_bytes(trainer, Path(directory) / "saved")
         if spec.save:

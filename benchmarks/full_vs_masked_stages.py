@@ -192,7 +192,7 @@ class Bench:
         for number in range(o.rounds):
             left = [cell for cell in cells if key_of(cell) not in rows]
             if number and o.together > 1:
-                left = [cell for cell in left if is_compared(cell)]
+                left = [cell for cell in left if has_further_rounds(cell)]
             for company in companies(left, o.together):
                 for cell, figures in self.keep_company(company, number, rounds):
                     say(number, key_of(cell), figures)
@@ -332,8 +332,13 @@ def companies(cells: list[Cell], size: int) -> list[list[Cell]]:
 
 
 def is_compared(cell: Cell) -> bool:
-    """Whether its ratio to the mask of equal count is stated, and so taken in every round."""
+    """Whether its ratio to the mask of equal count, or the mask's to it, is stated."""
     return cell[0].name.removesuffix(variant_of(cell)) in {MASKED, *RIVALS}
+
+
+def has_further_rounds(cell: Cell) -> bool:
+    """Whether it runs more than once: what is compared, as a trainer would have it by itself."""
+    return is_compared(cell) and not variant_of(cell) and cell[2] == 1
 
 
 def variant_of(cell: Cell) -> str:
