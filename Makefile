@@ -35,7 +35,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # Full finetuning against masks and their rivals, cost and learning: on a small model in a quarter of
-# an hour, on SmolLM2-135M in an hour and a half. Then the older ones, a question each.
+# an hour, on SmolLM2-135M in more than two hours. Then the older ones, a question each.
 bench-quick: $(STAMP)
 	$(BIN)/python -m benchmarks.full_vs_masked --quick
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -209,8 +210,8 @@ class Bench:
         self, company: list[Cell], number: int, rounds: dict[Key, list[Any]]
     ) -> list[tuple[Cell, dict[str, Any]]]:
         """Run a company; add each one's figures, and full finetuning's beside, to its rounds."""
-        first = number % len(company)
-        company = company[first:] + company[:first]  # no one always follows the same other
+        # So that no one's step always follows the same other's: turning the row would not do.
+        company = random.Random(number).sample(company, len(company))
         names = tuple(method.name for method, *_ in company) if len(company) > 1 else ()
         specs = [self.cost_spec(*cell, number, names) for cell in company]
         found = list(zip(company, self.run_together(specs), strict=True))
