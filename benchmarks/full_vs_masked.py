@@ -11,7 +11,8 @@ Cost: methods take turns, a step each, some at a time (`turns`); a ratio is the 
 that step's ratio to full finetuning's. The pace of two processes with the same work differs too, so
 that what is compared at equal count runs in several rounds of new ones. On a GPU, where not several
 fit, all run so, one after the other. One table has fp32 weights under bf16 autocast (fidelity), one
-a bf16 base (memory).
+a bf16 base (memory). On a processor that has no products in bf16 the first is computed in fp32, and
+the second, many times slower there, is made only with `--modes memory`.
 Learning: as many learning rates a method, chosen by training loss (reward) at one seed, then
 further seeds; held-out figures take no part in the choice. A mask is found by a full run at a seed
 that is not compared.
@@ -33,6 +34,7 @@ from transformers.utils import logging
 from benchmarks.full_vs_masked_data import SMALL
 from benchmarks.full_vs_masked_methods import all_methods
 from benchmarks.full_vs_masked_report import HELD_OUT, RULE, pairs, show
+from benchmarks.full_vs_masked_run import multiplies_bf16
 from benchmarks.full_vs_masked_stages import ACCUMULATION, Bench
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +73,11 @@ def main() -> None:
     """Make the runs that are missing; write the file and print the tables of all there are."""
     options = parse_options()
     logging.disable_progress_bar()
+    if not multiplies_bf16():
+        print(
+            "This processor has no products in bf16: fp32 weights are computed with in fp32. The "
+            "tables made: " + ", ".join(options.modes) + " (--modes memory: bf16, emulated)."
+        )
     bench = Bench(options)
     started = time.perf_counter()
     scout = bench.find_masks()
@@ -104,7 +111,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", help="of the cost stage; all by default")
     add("--learn", nargs="+", help="methods of the learning stage")
     add("--accumulated", nargs="*", help=f"methods also timed at accumulation {ACCUMULATION}")
-    add("--modes", nargs="+", default=["fidelity", "memory"], choices=["fidelity", "memory"])
+    add(
+        "--modes",
+        nargs="+",
+        choices=["fidelity", "memory"],
+        help="tables of the cost stage; both, the first alone without products in bf16",
+    )
     add(
         "--rounds",
         type=int,
@@ -126,6 +138,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in (QUICK if options.quick else DEFAULTS).items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
+    if options.modes is None:
+        options.modes = ["fidelity", "memory"] if multiplies_bf16() else ["fidelity"]
     options.together = options.together or (1 if torch.cuda.is_available() else TOGETHER)
     in_turn = 1 if options.quick else ROUNDS
     options.rounds = options.rounds or (ROUNDS_ALONE if options.together == 1 else in_turn)

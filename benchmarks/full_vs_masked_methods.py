@@ -103,8 +103,8 @@ class Method:
         arguments: What it changes in the trainer's arguments.
         optimizer: Class and arguments, where the trainer's own `optim` does not name it.
         prepare: What is done to the loaded model.
-        modes: In which tables it stands. "fidelity": fp32 weights under bf16 autocast; "memory": a
-            bf16 base.
+        modes: In which tables it stands. "fidelity": fp32 weights, under bf16 autocast where
+            products in bf16 are the device's own; "memory": a bf16 base.
         keep: Of a found mask: None for all of it, else a budget of each linear layer.
         found: It needs a prior run's mask.
         equal: It has the count all of "equal count" share.

@@ -227,7 +227,8 @@ def show(report: Mapping[str, Any]) -> None:
     for mode in ("fidelity", "memory"):
         rows = [r for r in report["cost"] if r["mode"] == mode]
         if rows:
-            console.print(cost_table(mode, rows), phase_table(mode, rows))
+            tables = cost_table(mode, rows, report["settings"]["autocast"]), phase_table(mode, rows)
+            console.print(*tables)
     if report["pairs"]:
         table = Table("masked random 5% against", "mode", "accumulation", title="At equal count")
         for name in ("step", "range", "peak", "range", "state", "trained"):
@@ -249,10 +250,10 @@ def show(report: Mapping[str, Any]) -> None:
         console.print(learning_table(report))
 
 
-def cost_table(mode: str, rows: Runs) -> Table:
+def cost_table(mode: str, rows: Runs, autocast: str | None) -> Table:
     """Memory and time."""
     titles = {
-        "fidelity": "Fidelity: fp32 weights under bf16 autocast",
+        "fidelity": f"Fidelity: fp32 weights, {autocast or 'no'} autocast",
         "memory": "Memory: a bf16 base",
     }
     table = Table(

@@ -166,6 +166,18 @@ def build(spec: Spec, method: Method, directory: Path) -> tuple[Any, list[dict[s
     return trainer, held_out
 
 
+def multiplies_bf16() -> bool:
+    """Whether products in bf16 are the device's own.
+
+    A processor without them has torch emulate them: on an AMD EPYC of 2021 a DPO step of
+    SmolLM2-135M then takes 58 s, where it takes 4 to 6 s in fp32.
+    """
+    if torch.cuda.is_available():
+        return True
+    mkldnn = torch.backends.mkldnn.is_available()
+    return mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def adapter(spec: Spec, method: Method, counts: Any) -> Any:
     """The method's PEFT config, or None."""
     if method.adapter is None:
@@ -196,7 +208,7 @@ def training_arguments(spec: Spec, method: Method, directory: Path) -> Any:
         "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "bf16": True,  # autocast; the weights keep the dtype they were loaded in
+        "bf16": multiplies_bf16(),  # autocast; the weights keep the dtype they were loaded in
         "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": False,
         "seed": spec.seed,

@@ -30,7 +30,7 @@ from benchmarks.full_vs_masked_report import (
     learning_row,
     missing,
 )
-from benchmarks.full_vs_masked_run import Spec, counts_of
+from benchmarks.full_vs_masked_run import Spec, counts_of, multiplies_bf16
 from benchmarks.optimizer import machine
 from benchmarks.turns import take_turns
 from subnet_ft import SubnetMask, extract_mask
@@ -181,8 +181,7 @@ class Bench:
         """Time and weigh every method; return its rounds, and the rows."""
         o = self.options
         cells = [(m, mode, 1) for mode in o.modes for m in self.timed() if mode in m.modes]
-        if "memory" in o.modes:
-            cells += [(self.methods[n], "memory", ACCUMULATION) for n in o.accumulated]
+        cells += [(self.methods[n], o.modes[-1], ACCUMULATION) for n in o.accumulated]
         rows: dict[Key, dict[str, Any]] = {}
         rounds: dict[Key, list[Any]] = {}
         for cell in cells:
@@ -300,6 +299,7 @@ class Bench:
             "equal_count": self.counts.equal,
             "equal_rank": self.counts.rank,
             "algo": o.algo,
+            "autocast": "bfloat16" if multiplies_bf16() else None,
             "batch": o.batch,
             "rounds": o.rounds,
             "together": o.together,

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("trl")
 pytest.importorskip("reasoning_gym")
 
-from benchmarks import full_vs_masked
+from benchmarks import full_vs_masked, full_vs_masked_run
 from benchmarks.full_vs_masked_data import character_tokenizer, rows, sum_task
 from benchmarks.full_vs_masked_methods import TOLERANCE, all_methods, count
 from benchmarks.full_vs_masked_report import MASKED, RIVALS, expected, step_ratios, stored
@@ -238,6 +238,20 @@ def test_what_is_compared_takes_turns_and_full_is_in_every_company() -> None:
         assert any(f"{MASKED}, beta 0.04" in t and "SHiRA, beta 0.04" in t for t in together)
     assert companies(cells, 1) and all(len(company) == 1 for company in companies(cells, 1))
     assert companies(cells[:1], 6) == [cells[:1]]
+
+
+@pytest.mark.parametrize(("own", "modes"), [(True, ["fidelity", "memory"]), (False, ["fidelity"])])
+def test_without_products_in_bf16_the_benchmark_computes_in_fp32(
+    model, mask, tmp_path, monkeypatch, own, modes
+) -> None:
+    """What is then many times slower is made where it is asked for."""
+    monkeypatch.setattr(full_vs_masked, "multiplies_bf16", lambda: own)
+    monkeypatch.setattr(full_vs_masked_run, "multiplies_bf16", lambda: own)
+    assert full_vs_masked.parse_options([]).modes == modes
+    assert full_vs_masked.parse_options(["--modes", "memory"]).modes == ["memory"]
+    trainer, _ = build(spec(model, "full", mask, mode="fidelity"), all_methods()["full"], tmp_path)
+    assert trainer.args.bf16 is own
+    assert trainer.model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("together", [6, 1])
