@@ -128,6 +128,7 @@ FILTERS = {
     "gibi": gibi,
     "rate": rate,
     "mean": statistics.mean,
+    "median": statistics.median,
     "stdev": statistics.stdev,
     "mean_distance": mean_distance,
 }
