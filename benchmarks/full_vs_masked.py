@@ -12,7 +12,7 @@ that step's ratio to full finetuning's. The pace of two processes with the same 
 that what is compared at equal count runs in several rounds of new ones. On a GPU, where not several
 fit, all run so, one after the other. One table has fp32 weights under bf16 autocast (fidelity), one
 a bf16 base (memory). On a processor that has no products in bf16 the first is computed in fp32, and
-the second, many times slower there, is made only with `--modes memory`.
+what has a bf16 base, many times slower there, runs only with `--modes memory`.
 Learning: as many learning rates a method, chosen by training loss (reward) at one seed, then
 further seeds; held-out figures take no part in the choice. A mask is found by a full run at a seed
 that is not compared.
@@ -74,10 +74,9 @@ def main() -> None:
     options = parse_options()
     logging.disable_progress_bar()
     if not multiplies_bf16():
-        print(
-            "This processor has no products in bf16: fp32 weights are computed with in fp32. The "
-            "tables made: " + ", ".join(options.modes) + " (--modes memory: bf16, emulated)."
-        )
+        print("This processor has no products in bf16: fp32 weights are computed with in fp32.")
+        if "memory" not in options.modes:
+            print("What has a bf16 base is left out: --modes memory has it emulated, and slow.")
     bench = Bench(options)
     started = time.perf_counter()
     scout = bench.find_masks()

@@ -174,14 +174,18 @@ class Bench:
 
     def learners(self) -> list[Method]:
         """Methods of the learning stage."""
+        bf16 = multiplies_bf16() or "memory" in self.options.modes
         methods = (self.methods[name] for name in self.options.learn)
+        methods = (m for m in methods if bf16 or m.learns_in == "fidelity")
         return [m for m in methods if m.installed and self.options.algo in m.algorithms]
 
     def cost(self) -> tuple[dict[Key, list[Any]], list[dict[str, Any]]]:
         """Time and weigh every method; return its rounds, and the rows."""
         o = self.options
         cells = [(m, mode, 1) for mode in o.modes for m in self.timed() if mode in m.modes]
-        cells += [(self.methods[n], o.modes[-1], ACCUMULATION) for n in o.accumulated]
+        accumulated = "memory" if "memory" in o.modes else "fidelity"
+        of = [m for m in map(self.methods.__getitem__, o.accumulated) if accumulated in m.modes]
+        cells += [(m, accumulated, ACCUMULATION) for m in of]
         rows: dict[Key, dict[str, Any]] = {}
         rounds: dict[Key, list[Any]] = {}
         for cell in cells:
@@ -290,7 +294,11 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """What to write beside the figures."""
         o = self.options
-        learned = {"methods": o.learn, "steps": o.learn_steps, "batch": o.learn_batch}
+        learned = {
+            "methods": [m.name for m in self.learners()],
+            "steps": o.learn_steps,
+            "batch": o.learn_batch,
+        }
         learned |= {"seeds": list(range(o.seeds)), "trials": o.trials, "jobs": o.jobs}
         return {
             "model": self.model.name,

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("trl")
 pytest.importorskip("reasoning_gym")
 
-from benchmarks import full_vs_masked, full_vs_masked_run
+from benchmarks import full_vs_masked, full_vs_masked_run, full_vs_masked_stages
 from benchmarks.full_vs_masked_data import character_tokenizer, rows, sum_task
 from benchmarks.full_vs_masked_methods import TOLERANCE, all_methods, count
 from benchmarks.full_vs_masked_report import MASKED, RIVALS, expected, step_ratios, stored
@@ -252,6 +252,32 @@ def test_without_products_in_bf16_the_benchmark_computes_in_fp32(
     trainer, _ = build(spec(model, "full", mask, mode="fidelity"), all_methods()["full"], tmp_path)
     assert trainer.args.bf16 is own
     assert trainer.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("own", "modes", "learners", "accumulated"),
+    [
+        (True, ["fidelity"], 2, {("full", "fidelity", 16)}),
+        (False, ["fidelity"], 1, {("full", "fidelity", 16)}),
+        (False, ["memory", "fidelity"], 2, {("full", "memory", 16), ("LoRA r=1", "memory", 16)}),
+    ],
+)
+def test_a_bf16_base_is_left_out_without_products_in_bf16_unless_asked_for(
+    monkeypatch, own, modes, learners, accumulated
+) -> None:
+    monkeypatch.setattr(full_vs_masked_stages, "multiplies_bf16", lambda: own)
+    bench = Bench.__new__(Bench)
+    bench.methods, bench.counts = all_methods(), None  # type: ignore[assignment]
+    bench.options = argparse.Namespace(
+        modes=modes, methods=["full"], algo="dpo", rounds=1, together=6, batch=4
+    )
+    bench.options.learn = ["full", f"{MASKED}, small state"]
+    bench.options.accumulated = ["full", "LoRA r=1"]
+    bench.cost_spec = lambda method, *rest: method.name  # type: ignore[method-assign]
+    bench.run_together = lambda specs: [dict(FIGURES) for _ in specs]  # type: ignore[method-assign]
+    assert len(bench.learners()) == learners
+    rounds, _ = bench.cost()
+    assert {key for key in rounds if key[2] == 16} == accumulated
 
 
 @pytest.mark.parametrize("together", [6, 1])
