@@ -9,6 +9,7 @@ import torch
 from subnet_ft import SubnetAdamW, SubnetConfig, SubnetError, SubnetMask, ops
 from subnet_ft.adapter import subnet
 from subnet_ft.adapter.inject import sidecar_layers
+from subnet_ft.adapter.layer import SubnetLayer
 from tests.helpers import (
     assert_off_mask_untouched,
     assert_same_bits,
@@ -37,6 +38,21 @@ def train(bits: int, master: str, weight_grad: str = "dense") -> tuple[peft.Peft
         optimizer.step()
         optimizer.zero_grad()
     return model, mask
+
+
+def assert_moved_alike(ours: SubnetLayer, theirs: SubnetLayer) -> None:
+    """Both went the same way, up to the rounding of two products.
+
+    A K bias moves all scores of a query nearly alike, which softmax takes out again: its gradient
+    is rounding (down to 1e-8 here, where V's has 1e-2), and Adam makes a step of either sign of it.
+    """
+    if ours.name.endswith("k_proj.bias"):
+        return
+    moved, right = (
+        subnet.values.float() - subnet.originals.float()
+        for subnet in (ours.subnets()[0], theirs.subnets()[0])
+    )
+    assert (moved - right).norm() <= 0.05 * right.norm(), ours.name
 
 
 @pytest.mark.parametrize(("bits", "master"), STATES)
@@ -68,9 +84,7 @@ def test_forced_kernels_train_as_torch_does(
         entries = ours.subnets()[0]
         held = ours.weight.flatten()[entries.indices]
         assert_same_bits(held, entries.values.to(torch.bfloat16), ours.name)
-        moved = entries.values.float() - entries.originals.float()
-        right = theirs.subnets()[0].values.float() - theirs.subnets()[0].originals.float()
-        assert (moved - right).norm() <= 0.05 * right.norm(), ours.name
+        assert_moved_alike(ours, theirs)
 
 
 def test_forced_weight_grad_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +100,7 @@ def test_forced_weight_grad_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     model, _ = train(32, "fp32", "compact")
     assert encoded and len({indices.data_ptr() for indices, *_ in encoded}) == len(encoded)
     for ours, theirs in zip(sidecar_layers(model), sidecar_layers(exact), strict=True):
-        base = ours.subnets()[0].originals.float()
-        moved, right = (layer.subnets()[0].values - base for layer in (ours, theirs))
-        assert (moved - right).norm() <= 0.05 * right.norm(), ours.name
+        assert_moved_alike(ours, theirs)
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
