@@ -258,6 +258,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # virtual ones share a name
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
 
