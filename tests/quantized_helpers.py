@@ -128,8 +128,22 @@ def dequantized(module: Any, dtype: torch.dtype) -> torch.Tensor:
         absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
     code = module.weight.data.view(-1)
     nibbles = torch.stack([code >> 4, code & 15], 1).view(-1).long()
-    dense = state.code[nibbles].view(-1, state.blocksize) * absmax.view(-1, 1)
+    dense = levels(state)[nibbles].view(-1, state.blocksize) * absmax.view(-1, 1)
     return dense.view(state.shape).to(dtype)
+
+
+def levels(state: Any) -> torch.Tensor:
+    """The sixteen values of a 4-bit kind, with the signs of zero this processor gives them.
+
+    FP4's second zero is +0 where bitsandbytes computes with AVX-512, -0 where it does not.
+    """
+    pairs = torch.arange(0, 16, 2, dtype=torch.uint8).repeat(4)  # a block: each code four times
+    block = torch.ops.bitsandbytes.dequantize_4bit(
+        pairs * 17 + 1, torch.ones(1), 64, state.quant_type, (1, 64), FP32
+    )
+    signed: torch.Tensor = block[0, :16]
+    assert torch.equal(signed, state.code)
+    return signed
 
 
 def full_precision(model: Any, dtype: torch.dtype) -> Any:

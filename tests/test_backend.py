@@ -41,13 +41,7 @@ def train(bits: int, master: str, weight_grad: str = "dense") -> tuple[peft.Peft
 
 
 def assert_moved_alike(ours: SubnetLayer, theirs: SubnetLayer) -> None:
-    """Both went the same way, up to the rounding of two products.
-
-    A K bias moves all scores of a query nearly alike, which softmax takes out again: its gradient
-    is rounding (down to 1e-8 here, where V's has 1e-2), and Adam makes a step of either sign of it.
-    """
-    if ours.name.endswith("k_proj.bias"):
-        return
+    """Both went the same way, up to rounding."""
     moved, right = (
         subnet.values.float() - subnet.originals.float()
         for subnet in (ours.subnets()[0], theirs.subnets()[0])
@@ -100,7 +94,11 @@ def test_forced_weight_grad_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     model, _ = train(32, "fp32", "compact")
     assert encoded and len({indices.data_ptr() for indices, *_ in encoded}) == len(encoded)
     for ours, theirs in zip(sidecar_layers(model), sidecar_layers(exact), strict=True):
-        assert_moved_alike(ours, theirs)
+        # A K bias moves all scores of a query nearly alike, which softmax takes out again: of its
+        # gradient (median 5e-6 where V's has 2e-2) the two products' rounding can be a large part,
+        # and Adam makes a whole step of it.
+        if not ours.name.endswith("k_proj.bias"):
+            assert_moved_alike(ours, theirs)
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
